@@ -1,0 +1,1 @@
+"""Integrations: thin, lazily imported bridges to training engines."""

@@ -1,0 +1,1 @@
+"""Runs, regimes, evaluation and reports."""

@@ -1,0 +1,1 @@
+"""Embedded policies and their recipes."""
