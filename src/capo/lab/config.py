@@ -1,0 +1,397 @@
+"""What a run is: typed sections, checked before anything is written.
+
+Sparse TOML goes in (a file, or the name of a preset, plus dotted overrides), a resolved
+configuration comes out. The resolved configuration, not a name, is a run's identity.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from capo.core.errors import InputError
+
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
+Scaling = Literal["group", "batch", "none"]
+
+# What each algorithm means in TRL's terms; both can be set by hand in [algorithm].
+# Dr.GRPO and REINFORCE divide by no standard deviation, so their advantages are not scaled.
+ALGORITHMS: dict[str, tuple[LossType, Scaling]] = {
+    "grpo": ("grpo", "group"),
+    "dr_grpo": ("dr_grpo", "none"),
+    "reinforce": ("grpo", "none"),
+}
+
+
+def _infinite_is_open(bound: object) -> object:
+    """TOML has no null: an infinite bound is how a file says "no bound on this side"."""
+    return None if isinstance(bound, float) and math.isinf(bound) else bound
+
+
+def _none_word(value: object) -> object:
+    """TOML has no null: the word ``none`` switches an inherited value off."""
+    return None if value == "none" else value
+
+
+def _sequence(value: object) -> object:
+    """TOML and JSON have arrays where we keep tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+OpenBound = Annotated[float | None, BeforeValidator(_infinite_is_open)]
+Interval = Annotated[tuple[OpenBound, OpenBound], BeforeValidator(_sequence)]
+Betas = Annotated[tuple[Probability, Probability], BeforeValidator(_sequence)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys and coerced types are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+class RunSection(Section):
+    """``[run]``: everything random in a run follows from the seed."""
+
+    seed: Seed = 0
+    name: str | None = None
+
+
+class PolicySection(Section):
+    """``[policy]``: ``embedded:NAME`` or a Hugging Face model directory."""
+
+    path: str = "embedded:sums"
+
+
+class TaskSection(Section):
+    """``[task]``: where problems come from and how answers are graded.
+
+    ``train_problems`` bounds the pool of training problems; by default a run draws as many as it
+    has use for.
+    """
+
+    name: str = "sums"
+    params: dict[str, Any] = {}
+    train_problems: PositiveInt | None = None
+
+
+class AlgorithmSection(Section):
+    """``[algorithm]``: the loss, in TRL's terms."""
+
+    name: Literal["grpo", "dr_grpo", "reinforce"] = "grpo"
+    loss_type: LossType | None = None
+    scale_rewards: Scaling | None = None
+    epsilon: Annotated[float, Field(gt=0)] = 0.2
+    epsilon_high: PositiveFloat | None = None
+    delta: Annotated[float | None, Field(gt=1)] = None
+    beta: NonNegativeFloat = 0.0
+    num_iterations: PositiveInt = 1
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    top_entropy_quantile: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+
+class TrainingSection(Section):
+    """``[training]``: batches, optimizer and schedule.
+
+    ``completions_per_step`` is the batch of one optimizer step over all processes; ``micro_batch``
+    the completions of one forward and backward pass on one device. ``steps`` counts optimizer
+    steps; where it is absent, ``epochs`` over ``task.train_problems`` decides.
+    """
+
+    learning_rate: PositiveFloat = 1e-4
+    completions_per_step: PositiveInt = 96
+    num_generations: Annotated[int, Field(ge=2)] = 8
+    steps: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: Probability = 0.1
+    max_grad_norm: PositiveFloat = 1.0
+    adam_betas: Annotated[tuple[Probability, Probability], BeforeValidator(_sequence)] = (
+        0.9,
+        0.999,
+    )
+    adam_eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    temperature: PositiveFloat = 1.0
+    top_k: Annotated[PositiveInt | None, BeforeValidator(_none_word)] = None
+    max_prompt_tokens: PositiveInt | None = None
+    max_completion_tokens: PositiveInt | None = None
+    micro_batch: PositiveInt | None = None
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    save_every: PositiveInt | None = None
+
+
+class ThresholdsTable(Section):
+    """``[capo.selection]`` written out: keep iff low ≤ m_H ≤ high and m_F ≤ policy_shift."""
+
+    policy_shift: Annotated[OpenBound, Field(ge=0)] = None
+    objective_shift: Annotated[tuple[OpenBound, OpenBound], BeforeValidator(_sequence)] = (
+        None,
+        None,
+    )
+    denominator: Literal["kept", "all"] = "kept"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        low, high = self.objective_shift
+        if low is not None and high is not None and low > high:
+            raise InputError(
+                "capo.selection.objective_shift",
+                f"the low bound must not exceed the high bound, got [{low}, {high}].",
+            )
+        return self
+
+
+SELECTION_NAMES = ("capo", "dr_capo", "reincapo")
+
+
+def _selection(value: object) -> object:
+    # A union would report an error once per branch; the value's own type says which one is meant.
+    if isinstance(value, dict):
+        return _validate(ThresholdsTable, value, prefix=("capo", "selection"))
+    if value is None or value == "none":
+        return None
+    if isinstance(value, ThresholdsTable) or value in SELECTION_NAMES:
+        return value
+    raise InputError(
+        "capo.selection",
+        f"must be 'none', one of {_quoted(SELECTION_NAMES)}, or a table with policy_shift, "
+        f"objective_shift and denominator, got {value!r}.",
+    )
+
+
+class CapoSection(Section):
+    """``[capo]``: which tokens are kept, and the step they are judged by."""
+
+    selection: Annotated[str | ThresholdsTable | None, BeforeValidator(_selection)] = None
+    step_model: Literal["adam", "sgd"] = "adam"
+    moments: Literal["simulated", "optimizer"] = "simulated"
+    fisher: Literal["sampled", "exact"] = "sampled"
+    top_k: Annotated[PositiveInt | None, BeforeValidator(_none_word)] = 50
+    renormalize: bool = True
+    grad_scale: PositiveFloat = 1.0
+
+
+class EvalSection(Section):
+    """``[eval]``: sampled accuracy at temperature 1 on fixed held-out problems.
+
+    Measured whenever the run has consumed another ``every_completions`` completions, and at the
+    first and the last step.
+    """
+
+    every_completions: PositiveInt | None = None
+    problems: PositiveInt = 512
+    seed: Seed = 20251000
+
+
+class RecordsSection(Section):
+    """``[records]``: what is kept of every token of every step."""
+
+    tokens: bool = True
+
+
+class Config(Section):
+    """A whole run. See the sections for what each key means."""
+
+    run: RunSection = RunSection()
+    policy: PolicySection = PolicySection()
+    task: TaskSection = TaskSection()
+    algorithm: AlgorithmSection = AlgorithmSection()
+    training: TrainingSection = TrainingSection()
+    capo: CapoSection = CapoSection()
+    eval: EvalSection = EvalSection()
+    records: RecordsSection = RecordsSection()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        training, algorithm = self.training, self.algorithm
+        _check_batches(training)
+        if training.steps is None and (training.epochs is None or self.task.train_problems is None):
+            raise InputError(
+                "training.steps",
+                "must be given, or both training.epochs and task.train_problems.",
+            )
+        if algorithm.loss_type == "luspo" and algorithm.importance_sampling_level != "sequence":
+            raise InputError(
+                "algorithm.importance_sampling_level",
+                "must be 'sequence' with algorithm.loss_type 'luspo'.",
+            )
+        if training.save_every is not None and training.save_every % algorithm.num_iterations:
+            # TRL does not checkpoint the completions it reuses between iterations.
+            raise InputError(
+                "training.save_every",
+                f"must be a multiple of algorithm.num_iterations ({algorithm.num_iterations}), "
+                f"got {training.save_every}.",
+            )
+        if self.capo.step_model == "sgd" and self.capo.moments == "optimizer":
+            raise InputError(
+                "capo.moments",
+                "must be 'simulated' with capo.step_model 'sgd', which reads no moments.",
+            )
+        if self.capo.moments == "optimizer" and training.optimizer == "sgd":
+            raise InputError(
+                "capo.moments",
+                "must be 'simulated' with training.optimizer 'sgd', which keeps no moments.",
+            )
+        return self
+
+    def resolved(self) -> Config:
+        """The same run with every default that follows from other values written out."""
+        training, algorithm = self.training, self.algorithm
+        loss_type, scaling = ALGORITHMS[algorithm.name]
+        prompts_per_step = training.completions_per_step // training.num_generations
+        steps = training.steps
+        if steps is None:
+            assert training.epochs is not None
+            assert self.task.train_problems is not None
+            batches = int(training.epochs * self.task.train_problems) // prompts_per_step
+            if batches < 1:
+                raise InputError(
+                    "training.epochs",
+                    f"must cover at least one step of {prompts_per_step} prompts, got "
+                    f"{training.epochs} epochs of {self.task.train_problems} problems.",
+                )
+            steps = batches * algorithm.num_iterations
+        save_every = training.save_every or max(1, steps // 10)
+        return self.model_copy(
+            update={
+                "algorithm": algorithm.model_copy(
+                    update={
+                        "loss_type": algorithm.loss_type or loss_type,
+                        "scale_rewards": algorithm.scale_rewards or scaling,
+                    }
+                ),
+                "training": training.model_copy(
+                    update={
+                        "steps": steps,
+                        "micro_batch": training.micro_batch or training.completions_per_step,
+                        "save_every": _round_up(save_every, algorithm.num_iterations),
+                    }
+                ),
+                "eval": self.eval.model_copy(
+                    update={
+                        "every_completions": self.eval.every_completions
+                        or training.completions_per_step
+                    }
+                ),
+            }
+        )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a resolved run."""
+        assert self.training.steps is not None, "resolved() fills the steps in"
+        return self.training.steps
+
+    def completions_after(self, step: int) -> int:
+        """Completions consumed by ``step`` optimizer steps; iterations reuse a batch."""
+        batches = math.ceil(step / self.algorithm.num_iterations)
+        return batches * self.training.completions_per_step
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result: the resolved configuration without the run's name."""
+        document = self.model_dump(mode="json")
+        del document["run"]["name"]
+        return document
+
+
+def parse_config(document: dict[str, Any]) -> Config:
+    """Check a nested document and resolve it.
+
+    Raises:
+        InputError: the first thing that is wrong, named by its dotted key.
+    """
+    config: Config = _validate(Config, document)
+    return config.resolved()
+
+
+def check_vocabulary(config: Config, vocab_size: int) -> None:
+    """Refuse a top-k that the policy's vocabulary cannot fill.
+
+    Raises:
+        InputError: ``training.top_k`` or ``capo.top_k`` exceeds ``vocab_size``.
+    """
+    for field, top_k in (
+        ("training.top_k", config.training.top_k),
+        ("capo.top_k", config.capo.top_k if config.capo.selection is not None else None),
+    ):
+        if top_k is not None and top_k > vocab_size:
+            raise InputError(
+                field, f"must be at most the policy's vocabulary size {vocab_size}, got {top_k}."
+            )
+
+
+def _check_batches(training: TrainingSection) -> None:
+    completions, generations = training.completions_per_step, training.num_generations
+    if completions % generations:
+        raise InputError(
+            "training.completions_per_step",
+            f"must be a multiple of training.num_generations ({generations}), got {completions}.",
+        )
+    if training.micro_batch is not None and completions % training.micro_batch:
+        raise InputError(
+            "training.micro_batch",
+            f"must divide training.completions_per_step ({completions}), "
+            f"got {training.micro_batch}.",
+        )
+
+
+def _validate(
+    section: type[SectionT], document: dict[str, Any], prefix: tuple[str, ...] = ()
+) -> SectionT:
+    try:
+        return section.model_validate(document)
+    except ValidationError as error:
+        # An unknown key first: it explains a value that is "missing" elsewhere.
+        details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+        raise _input_error(section, details[0], prefix) from None
+
+
+def _input_error(
+    section: type[Section], detail: ErrorDetails, prefix: tuple[str, ...]
+) -> InputError:
+    cause = detail.get("ctx", {}).get("error")
+    if isinstance(cause, InputError):
+        return cause
+    location = (*prefix, *(str(part) for part in detail["loc"]))
+    field = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        allowed = list(_section_at(section, detail["loc"][:-1]).model_fields)
+        near = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(allowed)}."
+        return InputError(field, f"unknown key, {hint}")
+    if detail["type"] == "missing":
+        return InputError(field, "is missing.")
+    message = detail["msg"].removeprefix("Input ").removeprefix("should ").removeprefix("be ")
+    return InputError(field, f"must be {message}, got {detail['input']!r}.")
+
+
+def _section_at(section: type[Section], location: tuple[int | str, ...]) -> type[Section]:
+    for part in location:
+        annotation = section.model_fields[str(part)].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, Section)
+        section = annotation
+    return section
+
+
+def _quoted(names: tuple[str, ...]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
