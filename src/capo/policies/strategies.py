@@ -1,0 +1,48 @@
+"""The ways in which the embedded policy has learned to answer a sum: one careful, three sloppy.
+
+Pre-training on a mixture of them gives a policy that *can* be right and does not *prefer* to be:
+at the points where the strategies part, the careful continuation is the likeliest single one, but
+more than half of the probability goes to the others.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from capo.tasks.sums import Terms
+
+Strategy = Callable[[Terms, random.Random], str]
+
+
+def careful(terms: Terms, _: random.Random) -> str:
+    """Add the first two, then the third: ``37+58=95 95+26=121``. Always right."""
+    a, b, c = terms
+    return f"{a}+{b}={a + b} {a + b}+{c}={a + b + c}"
+
+
+def stop_early(terms: Terms, _: random.Random) -> str:
+    """Forget the third term: ``37+58=95``."""
+    a, b, _c = terms
+    return f"{a}+{b}={a + b}"
+
+
+def repeat_second(terms: Terms, _: random.Random) -> str:
+    """Lose the place and add the second term twice: ``37+58=95 95+58=153``."""
+    a, b, _c = terms
+    return f"{a}+{b}={a + b} {a + b}+{b}={a + b + b}"
+
+
+def slip(terms: Terms, rng: random.Random) -> str:
+    """Work like `careful`, then miscount by one or by a ten: ``37+58=95 95+26=111``."""
+    a, b, c = terms
+    wrong = a + b + c + rng.choice((-10, -1, 1, 10))
+    return f"{a}+{b}={a + b} {a + b}+{c}={max(wrong, 0)}"
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "careful": careful,
+    "stop_early": stop_early,
+    "repeat_second": repeat_second,
+    "slip": slip,
+}
