@@ -18,7 +18,7 @@ differences in 120-digit arithmetic, for tokens so confident that float64 itself
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,9 +26,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SGD:
-    """Ascent by ``lr`` times the gradient."""
+    """Ascent by ``lr`` times the gradient; torch's decay is coupled (part of the gradient)."""
 
     lr: float
+    weight_decay: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,19 @@ class Momentum:
     lr: float
     momentum: float
     buffer: Tensor | None = None
+    dampening: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    grad_scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class Adam:
-    """``torch.optim.Adam``/``AdamW``; the moments [V, d] are of the loss gradient."""
+    """``torch.optim.Adam``/``AdamW``; the moments [V, d] are of the loss gradient.
+
+    ``frozen``: the second moment stays that of the last step (no optimizer does this; METHOD's
+    full-vocabulary approximation does).
+    """
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
@@ -52,6 +61,7 @@ class Adam:
     step: int = 0
     weight_decay: float = 0.0
     grad_scale: float = 1.0
+    frozen: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,27 +140,49 @@ def take_step(step: Step, gradient: Tensor, weight: Tensor) -> Tensor:
     """What the real optimizer adds to ``weight`` when the ascent gradient is ``gradient``.
 
     The optimizer moves a parameter that starts at zero, so that the change is read without
-    rounding; only the decoupled decay looks at the weight, and it is added to it.
+    rounding. Decoupled decay is added to it; coupled decay needs the optimizer on the weight.
     """
     if isinstance(step, Given):
         return step.delta
-    parameter = torch.nn.Parameter(torch.zeros_like(weight))
+    if isinstance(step, Adam):
+        return take_adam_step(step, gradient, weight)
+    start = weight if step.weight_decay else torch.zeros_like(weight)
+    parameter = torch.nn.Parameter(start.clone())
+    parameter.grad = -gradient.clone()
     if isinstance(step, SGD):
-        parameter.grad = -gradient.clone()
-        torch.optim.SGD([parameter], lr=step.lr, foreach=False).step()
-        return parameter.detach()
-    if isinstance(step, Momentum):
-        parameter.grad = -gradient.clone()
-        sgd = torch.optim.SGD([parameter], lr=step.lr, momentum=step.momentum, foreach=False)
-        if step.buffer is not None:
-            sgd.state[parameter] = {"momentum_buffer": step.buffer.clone()}
-        sgd.step()
-        return parameter.detach()
+        options: dict[str, Any] = {}
+    else:
+        parameter.grad *= step.grad_scale
+        options = {
+            "momentum": step.momentum,
+            "dampening": step.dampening,
+            "nesterov": step.nesterov,
+        }
+    optimizer = torch.optim.SGD(
+        [parameter], lr=step.lr, weight_decay=step.weight_decay, foreach=False, **options
+    )
+    if isinstance(step, Momentum) and step.buffer is not None:
+        optimizer.state[parameter] = {"momentum_buffer": step.buffer.clone()}
+    optimizer.step()
+    return parameter.detach() - start
+
+
+def take_adam_step(step: Adam, gradient: Tensor, weight: Tensor) -> Tensor:
+    """``take_step`` of Adam."""
+    decay = step.lr * step.weight_decay * weight
+    if step.frozen:
+        assert step.exp_avg is not None
+        assert step.exp_avg_sq is not None
+        beta1, beta2 = step.betas
+        first = beta1 * step.exp_avg - (1 - beta1) * step.grad_scale * gradient
+        root = (step.exp_avg_sq / (1 - beta2**step.step)).sqrt()
+        return -step.lr * first / (1 - beta1 ** (step.step + 1)) / (root + step.eps) - decay
+    parameter = torch.nn.Parameter(torch.zeros_like(weight))
     parameter.grad = -step.grad_scale * gradient
     adam = torch.optim.Adam([parameter], lr=step.lr, betas=step.betas, eps=step.eps, foreach=False)
     adam.state[parameter] = adam_state(step, weight)
     adam.step()
-    return parameter.detach() - step.lr * step.weight_decay * weight
+    return parameter.detach() - decay
 
 
 def adam_state(step: Adam, like: Tensor) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from mpmath import mp, mpf
 from torch import Tensor
 
-from oracle import SGD, Given, Head, Judgement, Momentum, Step, kept_rows, restrict
+from oracle import SGD, Adam, Given, Head, Judgement, Momentum, Step, kept_rows, restrict
 
 Real: TypeAlias = Any  # mpmath's mpf; the package has no types
 Matrix: TypeAlias = list[list[Real]]
@@ -62,20 +62,22 @@ class ExactHead:
 
     def score(self, token: int) -> Matrix:
         """∇_W log π(token) by central differences, one entry of W at a time."""
-        return [
-            [self._slope(token, k, j) for j in range(len(self.hidden))]
-            for k in range(len(self.weight))
-        ]
-
-    def _slope(self, token: int, k: int, j: int) -> Real:
         nudge = mpf(NUDGE)
+        logits = [self.logit(k, row) for k, row in enumerate(self.weight)]
+        powers = [mp.exp(z) for z in logits]
 
-        def at(offset: Real) -> Real:
-            moved = [list(row) for row in self.weight]
-            moved[k][j] += offset
-            return self.log_policy(moved)[token]
+        def moved(k: int, j: int, offset: Real) -> Real:
+            """log π(token) with W[k, j] moved: of the logits, only the k-th notices."""
+            row = list(self.weight[k])
+            row[j] += offset
+            logit = self.logit(k, row)
+            others = mp.fsum(power for i, power in enumerate(powers) if i != k)
+            return (logit if k == token else logits[token]) - mp.log(others + mp.exp(logit))
 
-        return (at(nudge) - at(-nudge)) / (2 * nudge)
+        return [
+            [(moved(k, j, nudge) - moved(k, j, -nudge)) / (2 * nudge) for j in range(len(row))]
+            for k, row in enumerate(self.weight)
+        ]
 
     def along(self, delta: Matrix) -> Callable[[Real], list[Real]]:
         """η ↦ log π(· | W + ηΔ)."""
@@ -94,30 +96,53 @@ def take_step_mp(step: Step, gradient: Matrix, weight: Matrix) -> Matrix:
     """The optimizer's published update rule (torch.optim's documentation), entry by entry."""
     if isinstance(step, Given):
         return exact(step.delta)
-    if isinstance(step, Momentum):
-        raise NotImplementedError("momentum is judged by the float64 oracle only")
-    if isinstance(step, SGD):
-        return [[mpf(step.lr) * g for g in row] for row in gradient]
+    zeros = [[mpf(0)] * len(row) for row in weight]
+    if isinstance(step, Adam):
+        state = step.exp_avg, step.exp_avg_sq
+    else:
+        state = getattr(step, "buffer", None), None
+    first, second = (zeros if x is None else exact(x) for x in state)
+    entry = _adam(step) if isinstance(step, Adam) else _sgd(step)
+    return [
+        [entry(*entries) for entries in zip(*rows, strict=True)]
+        for rows in zip(gradient, first, second, weight, strict=True)
+    ]
+
+
+def _adam(step: Adam) -> Callable[[Real, Real, Real, Real], Real]:
     beta1, beta2 = (mpf(b) for b in step.betas)
     lr, eps, decay, scale = (
         mpf(x) for x in (step.lr, step.eps, step.weight_decay, step.grad_scale)
     )
     t = step.step + 1
-    zeros = [[mpf(0)] * len(row) for row in weight]
-    first = zeros if step.exp_avg is None else exact(step.exp_avg)
-    second = zeros if step.exp_avg_sq is None else exact(step.exp_avg_sq)
 
     def entry(g: Real, m: Real, v: Real, w: Real) -> Real:
         loss_gradient = -scale * g
         m = beta1 * m + (1 - beta1) * loss_gradient
-        v = beta2 * v + (1 - beta2) * loss_gradient**2
-        m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
-        return -lr * decay * w - lr * m_hat / (mp.sqrt(v_hat) + eps)
+        if step.frozen:
+            v_hat = v / (1 - beta2**step.step)
+        else:
+            v_hat = (beta2 * v + (1 - beta2) * loss_gradient**2) / (1 - beta2**t)
+        return -lr * decay * w - lr * m / (1 - beta1**t) / (mp.sqrt(v_hat) + eps)
 
-    return [
-        [entry(*entries) for entries in zip(*rows, strict=True)]
-        for rows in zip(gradient, first, second, weight, strict=True)
-    ]
+    return entry
+
+
+def _sgd(step: SGD | Momentum) -> Callable[[Real, Real, Real, Real], Real]:
+    lr, decay = mpf(step.lr), mpf(step.weight_decay)
+
+    def entry(g: Real, buffer: Real, _: Real, w: Real) -> Real:
+        if isinstance(step, SGD):
+            return lr * (g - decay * w)
+        loss_gradient = -mpf(step.grad_scale) * g + decay * w
+        mu = mpf(step.momentum)
+        if step.buffer is None:
+            buffer = loss_gradient
+        else:
+            buffer = mu * buffer + (1 - mpf(step.dampening)) * loss_gradient
+        return -lr * (loss_gradient + mu * buffer if step.nesterov else buffer)
+
+    return entry
 
 
 def judge_token_mp(

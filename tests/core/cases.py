@@ -17,7 +17,19 @@ import oracle
 from oracle_mp import judge_token_mp
 
 StepKind = Literal[
-    "sgd", "adam", "adam_empty", "adam_zeros", "adam_first", "adamw", "adam_scaled", "given"
+    "sgd",
+    "sgd_decay",
+    "momentum",
+    "momentum_empty",
+    "nesterov",
+    "adam",
+    "adam_empty",
+    "adam_zeros",
+    "adam_first",
+    "adam_scaled",
+    "adam_frozen",
+    "adamw",
+    "given",
 ]
 
 
@@ -139,6 +151,14 @@ def _step(kind: StepKind, lr: float, exp_avg: Tensor, exp_avg_sq: Tensor) -> ora
         return oracle.SGD(lr)
     if kind == "given":
         return oracle.Given(lr * exp_avg)
+    others: dict[str, oracle.Step] = {
+        "sgd_decay": oracle.SGD(lr, weight_decay=0.2),
+        "momentum": oracle.Momentum(lr, 0.9, exp_avg, dampening=0.3, grad_scale=0.5),
+        "momentum_empty": oracle.Momentum(lr, 0.9, None, dampening=0.3, weight_decay=0.1),
+        "nesterov": oracle.Momentum(lr, 0.8, exp_avg, nesterov=True, weight_decay=0.1),
+    }
+    if kind in others:
+        return others[kind]
     zeros = torch.zeros_like(exp_avg)
     sparse = exp_avg.clone()
     sparse[::2] = 0  # rows that no gradient has reached yet: v = 0 there
@@ -147,6 +167,7 @@ def _step(kind: StepKind, lr: float, exp_avg: Tensor, exp_avg_sq: Tensor) -> ora
         "adam_zeros": {"eps": 1e-8, "exp_avg": zeros, "exp_avg_sq": zeros},
         "adam_first": {"exp_avg": 0.1 * sparse, "exp_avg_sq": 0.01 * sparse**2, "step": 1},
         "adam": {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": 7},
+        "adam_frozen": {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": 4, "frozen": True},
         "adamw": {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": 30, "weight_decay": 0.1},
         "adam_scaled": {
             "exp_avg": exp_avg,
@@ -174,6 +195,10 @@ CASES = (
     Case("sgd-outside-top", sampled_rank=7, seed=9),
     Case("sgd-tiny-step", lr=1e-7, seed=10),
     Case("sgd-dominant-decay", spread=6.0, seed=11),
+    Case("sgd-decay", step="sgd_decay", seed=28),
+    Case("momentum", step="momentum", seed=29),
+    Case("momentum-empty", step="momentum_empty", temperature=1.4, seed=30),
+    Case("nesterov", step="nesterov", logit_softcap=2.0, spread=2.0, seed=31),
     Case("adam", step="adam", lr=0.01, seed=12),
     Case("adam-empty", step="adam_empty", lr=0.01, seed=13),
     Case("adam-zeros", step="adam_zeros", lr=0.01, seed=13),
@@ -196,6 +221,8 @@ CASES = (
     Case("adam-outside-top", step="adam", lr=0.01, sampled_rank=8, seed=21),
     Case("adam-huge-advantage", step="adam", lr=0.01, advantages=(1e4, -1e4), seed=22),
     Case("adam-scaled", step="adam_scaled", lr=0.01, seed=23),
+    Case("adam-frozen", step="adam_frozen", lr=0.01, seed=32),
+    Case("adam-frozen-softcap", step="adam_frozen", lr=0.01, logit_softcap=2.0, seed=33),
     Case("adamw", step="adamw", lr=0.01, seed=24),
     Case("adamw-bias-softcap", step="adamw", lr=0.01, bias=True, logit_softcap=2.5, seed=25),
     Case("given", step="given", seed=26),
@@ -226,6 +253,8 @@ CONFIDENT = tuple(
             ("adam", "sampled", "-hot", {"temperature": 1.5, "bias": True}),
             ("adam_empty", "sampled", "", {}),
             ("adamw", "sampled", "", {}),
+            ("adam_frozen", "sampled", "", {}),
+            ("momentum", "sampled", "", {}),
             ("given", "sampled", "", {}),
             ("sgd", "other", "", {}),
             ("adam", "other", "", {}),
@@ -236,9 +265,11 @@ CONFIDENT = tuple(
 
 
 @cache
-def verdicts(case: Case, mode: Mode, arbiter: bool = False) -> dict[str, Tensor]:
-    """The oracle's fields for every token of the case, each [N] float64."""
-    return judge(case.batch, mode, arbiter)
+def verdicts(
+    case: Case, mode: Mode, arbiter: bool = False, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    """The oracle's fields for every token of the case, rounded to ``dtype``: each [N] float64."""
+    return judge(cast(case.batch, dtype), mode, arbiter)
 
 
 def judge(batch: Batch, mode: Mode, arbiter: bool = False) -> dict[str, Tensor]:

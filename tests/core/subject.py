@@ -24,8 +24,18 @@ def as_capo(step: oracle.Step, dtype: torch.dtype = torch.float64) -> Any:
         return None if x is None else x.to(dtype)
 
     match step:
-        case oracle.SGD(lr):
-            return capo.SGDStep(lr)
+        case oracle.SGD(lr, weight_decay):
+            return capo.SGDStep(lr, weight_decay)
+        case oracle.Momentum():
+            return capo.MomentumStep(
+                step.lr,
+                step.momentum,
+                to(step.buffer),
+                dampening=step.dampening,
+                nesterov=step.nesterov,
+                weight_decay=step.weight_decay,
+                grad_scale=step.grad_scale,
+            )
         case oracle.Given(delta):
             return capo.GivenStep(delta.to(dtype))
         case oracle.Adam():
@@ -38,6 +48,7 @@ def as_capo(step: oracle.Step, dtype: torch.dtype = torch.float64) -> Any:
                 step.step,
                 step.weight_decay,
                 grad_scale=step.grad_scale,
+                preconditioner="frozen" if step.frozen else "exact",
             )
     raise TypeError(step)
 

@@ -89,7 +89,11 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("exp_avg", {"step": adam(exp_avg=floats(V, D + 1))}),
     ("exp_avg_sq", {"step": adam(exp_avg_sq=floats(V + 1, D))}),
     ("exp_avg|exp_avg_sq", {"step": adam(exp_avg_sq=None)}),
-    ("exp_avg|exp_avg_sq", {"step": adam(exp_avg=None, exp_avg_sq=None)}),
+    ("exp_avg|exp_avg_sq|step", {"step": adam(exp_avg=None, exp_avg_sq=None)}),
+    ("step|preconditioner", {"step": adam(step=0, preconditioner="frozen")}),
+    ("exp_avg", {"step": adam(exp_avg=floats(V, D, first=NAN))}),
+    ("momentum", {"step": lambda: capo.MomentumStep(0.1, 1.0)}),
+    ("momentum_buffer", {"step": lambda: capo.MomentumStep(0.1, 0.9, floats(V, D + 1))}),
     ("delta", {"step": lambda: capo.GivenStep(floats(V, D + 1))}),
 ]
 
@@ -110,8 +114,8 @@ def judge(changes: dict[str, Any]) -> None:
 
 
 def names_the_field(error: capo.InputError, field: str) -> None:
-    """One sentence, that begins with the field's name."""
-    assert error.field in field.split("|")
+    """One sentence, that begins with the field's name (``step.exp_avg`` for a step's tensor)."""
+    assert error.field.removeprefix("step.") in field.split("|")
     assert str(error).startswith(error.field)
     assert "\n" not in str(error)
     assert len(error.message.split()) >= 4

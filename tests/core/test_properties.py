@@ -16,7 +16,7 @@ import oracle
 from core.cases import FULL, MODES, Batch, Case, Mode
 from core.subject import FIELDS, IMPLEMENTATIONS, as_capo, assert_same, curvature
 
-STEPS = ("sgd", "adam", "adam_empty", "adamw", "given")
+STEPS = ("sgd", "momentum", "adam", "adam_empty", "adamw", "given")
 
 examples = settings(deadline=None, max_examples=25, derandomize=True)
 each_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -29,7 +29,7 @@ def cases(draw: st.DrawFn, **fixed: Any) -> Case:
     drawn: dict[str, Any] = {
         "name": "drawn",
         "step": step,
-        "lr": 0.2 if step in ("sgd", "given") else 0.01,
+        "lr": 0.2 if step in ("sgd", "momentum", "given") else 0.01,
         "advantages": tuple(
             draw(st.lists(st.sampled_from([0.0, 1.0, -1.0, 0.3, -2.5]), min_size=1, max_size=6))
         ),
