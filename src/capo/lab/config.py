@@ -175,15 +175,24 @@ def _selection(value: object) -> object:
 
 
 class CapoSection(Section):
-    """``[capo]``: which tokens are kept, and the step they are judged by."""
+    """``[capo]``: which tokens are kept, and the step they are judged by.
+
+    ``watch`` judges (and records) the tokens of a run without selection; its weights stay the same.
+    """
 
     selection: Annotated[str | ThresholdsTable | None, BeforeValidator(_selection)] = None
+    watch: bool = False
     step_model: Literal["adam", "sgd"] = "adam"
     moments: Literal["simulated", "optimizer"] = "simulated"
     fisher: Literal["sampled", "exact"] = "sampled"
     top_k: Annotated[PositiveInt | None, BeforeValidator(_none_word)] = 50
     renormalize: bool = True
     grad_scale: PositiveFloat = 1.0
+
+    @property
+    def judges(self) -> bool:
+        """Whether tokens are judged at all."""
+        return self.watch or self.selection is not None
 
 
 class EvalSection(Section):
@@ -327,7 +336,7 @@ def check_vocabulary(config: Config, vocab_size: int) -> None:
     """
     for field, top_k in (
         ("training.top_k", config.training.top_k),
-        ("capo.top_k", config.capo.top_k if config.capo.selection is not None else None),
+        ("capo.top_k", config.capo.top_k if config.capo.judges else None),
     ):
         if top_k is not None and top_k > vocab_size:
             raise InputError(

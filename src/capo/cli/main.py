@@ -1,0 +1,63 @@
+"""The command ``capo``. What is heavy is imported inside the commands: ``--help`` is instant."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import capo
+from capo.cli import make, results, training
+from capo.core.errors import InputError
+
+app = typer.Typer(
+    name="capo",
+    help="Curvature-aware policy optimization: look at a policy-gradient step before it is taken.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"capo {capo.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+for module in (training, results, make):
+    module.register(app)
+
+
+def main() -> None:
+    """Run the command line. Bad input ends with one sentence on standard error and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        typer.echo(f"capo: {error}", err=True)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        extra = {"trl": "trl", "transformers": "trl", "datasets": "trl"}.get(
+            error.name or "", "lab"
+        )
+        if error.name is None or error.name.startswith("capo"):
+            raise
+        typer.echo(f"capo: {error.name} is missing; pip install 'capo-rl[{extra}]'", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

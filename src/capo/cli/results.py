@@ -1,0 +1,182 @@
+"""``capo compare``, ``capo report`` and ``capo eval``: what came out."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from capo.cli.training import AsJson
+from capo.core.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from capo.lab.report.summary import Summary
+
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")]
+Target = Annotated[float, typer.Option(help="Accuracy to be reached.", min=0, max=1)]
+
+
+def compare(runs: Runs, target: Target = 0.75, as_json: AsJson = False) -> None:
+    """Put runs side by side: accuracy, completions to a target, rejected tokens."""
+    summaries = summarise_runs(runs, target)
+    if as_json:
+        typer.echo(json.dumps([summary_row(summary) for summary in summaries], indent=2))
+        return
+    from rich.console import Console
+
+    console = Console()
+    # A pipe has no width of its own; columns must not be cut there.
+    console = console if console.is_terminal else Console(width=160)
+    console.print(table_of(summaries, target))
+
+
+def report(
+    runs: Runs,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The HTML file; figures go beside it.")
+    ] = Path("report.html"),
+    title: Annotated[str | None, typer.Option(help="Title of the report.")] = None,
+) -> None:
+    """Write one self-contained HTML report, and its figures as PNG, on one or more runs."""
+    from capo.lab.report import build_report
+
+    options = {} if title is None else {"title": title}
+    typer.echo(str(build_report(runs, output, **options)))
+
+
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="embedded:sums, a model directory, or a run."),
+    ],
+    task: Annotated[
+        str | None, typer.Option(help="The task [default: the run's, or sums].")
+    ] = None,
+    problems: Annotated[int, typer.Option(help="Held-out problems.", min=1)] = 512,
+    k: Annotated[int, typer.Option(help="Completions per problem, for pass@k.", min=1)] = 1,
+    seed: Annotated[int | None, typer.Option(help="Of problems and sampling.", min=0)] = None,
+    param: Annotated[
+        list[str] | None, typer.Option(help="A parameter of the task, KEY=VALUE.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a policy's sampled accuracy (temperature 1) and pass@k on held-out problems."""
+    from capo.lab.config import EvalSection, TaskSection
+    from capo.lab.evaluate import evaluate as measure
+    from capo.lab.run import load_configured_task, quiet_libraries, recorded_config
+    from capo.lab.rundir import RunDirectory
+    from capo.lab.sources import parse_override
+
+    quiet_libraries()
+    from capo.policies import load_policy
+
+    section, directory = TaskSection(), RunDirectory(Path(model))
+    if directory.exists:
+        section = recorded_config(model).task
+        if not directory.final.is_dir():
+            raise InputError("MODEL", f"the run in {model!r} has no final policy yet.")
+        model = str(directory.final)
+    name = task or section.name
+    params = dict(section.params) if name == section.name else {}
+    for each in param or []:
+        params |= parse_override(f"params.{each}")["params"]
+    graded = load_configured_task(name, params)
+    seed = EvalSection().seed if seed is None else seed
+    try:
+        held_out = graded.eval_problems(problems, seed)
+    except InputError as error:
+        raise InputError("--problems", error.message) from None
+    result = measure(load_policy(model), graded, held_out, seed=seed, k=k)
+    if as_json:
+        typer.echo(json.dumps({"model": model, "task": name, "seed": seed, **result.to_dict()}))
+        return
+    low, high = result.interval
+    typer.echo(
+        f"sampled accuracy {result.accuracy:.3f} ± {result.stderr:.3f} "
+        f"(95% interval {low:.3f} to {high:.3f}), pass@{k} {result.pass_at_k:.3f}, "
+        f"on {problems} held-out problems of {name!r}"
+    )
+
+
+def summarise_runs(runs: list[Path], target: float) -> list[Summary]:
+    """Read and summarise run directories.
+
+    Raises:
+        InputError: one of them is no run.
+    """
+    from capo.lab.report.reading import read_runs
+    from capo.lab.report.summary import summarise
+
+    return [summarise(run, target) for run in read_runs(runs)]
+
+
+def summary_row(summary: Summary) -> dict[str, Any]:
+    """The figures of a run, None where it does not say."""
+    return {
+        "run": summary.run.name,
+        "path": str(summary.run.path),
+        "state": summary.run.status.get("state"),
+        "algorithm": summary.algorithm,
+        "learning_rate": summary.learning_rate,
+        "completions_per_step": summary.completions_per_step,
+        "base_accuracy": summary.base.accuracy if summary.base else None,
+        "best_accuracy": summary.best.accuracy if summary.best else None,
+        "final_accuracy": summary.final.accuracy if summary.final else None,
+        "final_stderr": summary.final.stderr if summary.final else None,
+        "collapsed": summary.collapsed,
+        "completions": int(summary.completions),
+        "completions_to_target": summary.completions_to_target,
+        "rejection_mean": summary.rejection_mean,
+        "rejection_peak": summary.rejection_peak,
+        "seconds": summary.seconds,
+    }
+
+
+def table_of(summaries: list[Summary], target: float) -> Table:
+    """The comparison as a table."""
+    from rich.table import Table
+
+    table = Table()
+    for column in ("run", "algorithm"):
+        table.add_column(column)
+    heads = ("lr", "a step", "base", "best", "final", "collapsed", f"completions to {target:g}")
+    for column in (*heads, "rejected (peak)", "seconds"):
+        table.add_column(column, justify="right")
+    for summary in summaries:
+        row = summary_row(summary)
+        final = _figure(row["final_accuracy"], ".3f")
+        if row["final_stderr"] is not None and row["final_accuracy"] is not None:
+            final += f" ± {row['final_stderr']:.3f}"
+        rejected = _figure(row["rejection_mean"], ".1%")
+        if row["rejection_peak"] is not None:
+            rejected += f" ({row['rejection_peak']:.1%})"
+        table.add_row(
+            row["run"] + ("" if row["state"] == "finished" else f" ({row['state']})"),
+            row["algorithm"],
+            _figure(row["learning_rate"], "g"),
+            _figure(row["completions_per_step"], "d"),
+            _figure(row["base_accuracy"], ".3f"),
+            _figure(row["best_accuracy"], ".3f"),
+            final,
+            {True: "yes", False: "no", None: "-"}[row["collapsed"]],
+            _figure(row["completions_to_target"], ",.0f", missing="not reached"),
+            rejected,
+            _figure(row["seconds"], ".0f"),
+        )
+    return table
+
+
+def _figure(value: float | None, form: str, missing: str = "-") -> str:
+    return missing if value is None or not math.isfinite(value) else format(value, form)
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to ``app``."""
+    app.command()(compare)
+    app.command()(report)
+    app.command(name="eval")(evaluate)

@@ -1,0 +1,86 @@
+"""Per-token records on disk: one compact file a step, plus the vocabulary to read it with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from capo.lab.rundir import write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from capo.integrations.trl import TokenRecord
+
+# One value per token, in the type that its use needs: shifts span many orders of magnitude.
+_PER_TOKEN = {
+    "token_ids": np.int32,
+    "log_prob": np.float32,
+    "entropy": np.float16,
+    "advantage": np.float32,
+    "objective_shift": np.float32,
+    "policy_shift": np.float32,
+    "weight": np.float32,
+    "reason": np.int8,
+}
+
+
+class TokenWriter:
+    """Collects a step's micro-batches; hand it to the trainer as a token callback.
+
+    A file holds completions back to back: those of completion ``i`` are
+    ``array[offsets[i]:offsets[i + 1]]`` of every per-token array; its prompt likewise is
+    ``prompt_ids[prompt_offsets[i]:prompt_offsets[i + 1]]``.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._pending: list[TokenRecord] = []
+
+    def __call__(self, record: TokenRecord) -> None:
+        """Keep a judged micro-batch."""
+        self._pending.append(record)
+
+    def flush(self, step: int) -> None:
+        """Write the file of optimizer step ``step`` (from 1), if any token was judged for it."""
+        records, self._pending = self._pending, []
+        if not records:
+            return
+        self.directory.mkdir(exist_ok=True)
+        path = self.directory / f"step-{step:06d}.npz"
+        aside = path.with_name(f".{path.name}.tmp")
+        with aside.open("wb") as handle:
+            np.savez_compressed(handle, **pack(records))
+        aside.replace(path)
+
+
+def pack(records: list[TokenRecord]) -> dict[str, Any]:
+    """Masked ``[B, T]`` micro-batches as flat arrays with offsets."""
+    lengths = [record.mask.bool().sum(-1).numpy() for record in records]
+    prompt_lengths = [record.prompt_mask.bool().sum(-1).numpy() for record in records]
+    arrays: dict[str, Any] = {
+        "offsets": _offsets(lengths),
+        "prompt_offsets": _offsets(prompt_lengths),
+        "prompt_ids": np.concatenate(
+            [r.prompt_ids[r.prompt_mask.bool()].numpy() for r in records]
+        ).astype(np.int32),
+    }
+    for name, dtype in _PER_TOKEN.items():
+        flat = [getattr(r, name)[r.mask.bool()].float().numpy() for r in records]
+        arrays[name] = np.concatenate(flat).astype(dtype)
+    return arrays
+
+
+def write_vocabulary(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """``vocab.json``: token id -> its text."""
+    directory.mkdir(exist_ok=True)
+    ids = sorted(set(tokenizer.get_vocab().values()))
+    texts = {index: tokenizer.decode([index]) for index in ids}
+    write_text(directory / "vocab.json", json.dumps(texts, ensure_ascii=False))
+
+
+def _offsets(lengths: list[Any]) -> Any:
+    return np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
