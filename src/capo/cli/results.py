@@ -45,8 +45,10 @@ def report(
     """Write one self-contained HTML report, and its figures as PNG, on one or more runs."""
     from capo.lab.report import build_report
 
-    options = {} if title is None else {"title": title}
-    typer.echo(str(build_report(runs, output, **options)))
+    if title is None:
+        typer.echo(str(build_report(runs, output)))
+    else:
+        typer.echo(str(build_report(runs, output, title=title)))
 
 
 def evaluate(
@@ -54,6 +56,7 @@ def evaluate(
         str,
         typer.Argument(metavar="MODEL", help="embedded:sums, a model directory, or a run."),
     ],
+    *,
     task: Annotated[
         str | None, typer.Option(help="The task [default: the run's, or sums].")
     ] = None,

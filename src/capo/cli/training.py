@@ -28,6 +28,7 @@ def train(
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="As in training.learning_rate=3e-4."),
     ] = None,
+    *,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="The run directory [default: runs/CONFIG]."),

@@ -63,9 +63,14 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 class RunSection(Section):
-    """``[run]``: everything random in a run follows from the seed."""
+    """``[run]``: everything random in a run follows from the seed.
+
+    ``threads`` (CPU threads; by default as many as torch chooses) is part of what a run is: the
+    order of a sum depends on it.
+    """
 
     seed: Seed = 0
+    threads: PositiveInt | None = None
     name: str | None = None
 
 

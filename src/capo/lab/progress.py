@@ -40,6 +40,7 @@ class Lines(Progress):
     """
 
     def __init__(self, console: Console) -> None:
+        """Print nothing yet."""
         self.console = console
         self.prefix = ""
         self.steps = 0
@@ -82,6 +83,7 @@ class Bar(Progress):
     """
 
     def __init__(self, console: Console, total: int | None = None) -> None:
+        """Show nothing yet."""
         self.bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
     from capo.lab.records import TokenWriter
 
 
+@dataclass
 class StopRequest:
     """Whether someone asked the run to stop; the step under way is finished first."""
 
-    def __init__(self) -> None:
-        self.requested = False
+    requested: bool = False
 
 
 @contextmanager
@@ -62,11 +63,13 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         self,
         config: Config,
         directory: RunDirectory,
+        *,
         evaluate: Callable[[], Evaluation],
         progress: Progress,
         stop: StopRequest,
         tokens: TokenWriter | None,
     ) -> None:
+        """Continue the clock of a run that was stopped."""
         self.config = config
         self.directory = directory
         self.evaluate = evaluate

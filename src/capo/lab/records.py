@@ -37,6 +37,7 @@ class TokenWriter:
     """
 
     def __init__(self, directory: Path) -> None:
+        """Write to ``directory``, which is made when there is something to write."""
         self.directory = directory
         self._pending: list[TokenRecord] = []
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -35,6 +37,7 @@ class Interrupted(Exception):  # noqa: N818 - the run is not in error
     """
 
     def __init__(self, output: Path, step: int, steps: int) -> None:
+        """Say how to continue."""
         super().__init__(
             f"interrupted after step {step} of {steps}; "
             f"continue with: capo train --resume --output {output}"
@@ -89,7 +92,7 @@ def train(
         directory.check_free(overwrite)
     quiet_libraries()
     ingredients = prepare(config, directory)
-    with directory.locked():
+    with directory.locked(), _threads(config.run.threads):
         _begin(directory, config, resume)
         try:
             _run(config, directory, ingredients, progress)
@@ -185,6 +188,21 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
+    # What these libraries plan to rename among themselves is no news to a reader of a run.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl|accelerate")
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """Compute on so many CPU threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _begin(directory: RunDirectory, config: Config, resume: bool) -> None:
@@ -255,7 +273,11 @@ def _build_trainer(
         args=ingredients.arguments,
         train_dataset=_dataset(ingredients.train_problems),
         processing_class=policy.tokenizer,
-        callbacks=[Recorder(config, directory, measure, progress, stop, tokens)],
+        callbacks=[
+            Recorder(
+                config, directory, evaluate=measure, progress=progress, stop=stop, tokens=tokens
+            )
+        ],
         token_callbacks=[tokens] if tokens is not None else [],
     )
     trainer.remove_callback(PrinterCallback)
