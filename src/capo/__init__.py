@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from capo.core.curvature import TokenCurvature, TruncationBound, token_curvature
 from capo.core.errors import InputError
+from capo.core.steps import AdamStep, GivenStep, MomentumStep, SGDStep
 
 __version__ = "0.1.0"
 
-__all__ = ["InputError", "__version__"]
+__all__ = [
+    "AdamStep",
+    "GivenStep",
+    "InputError",
+    "MomentumStep",
+    "SGDStep",
+    "TokenCurvature",
+    "TruncationBound",
+    "__version__",
+    "token_curvature",
+]
