@@ -1,0 +1,130 @@
+"""The policy's last layer as the trainer sees it: the LM head and what enters it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from capo.core.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+# How model families name the factor on their logits, first match wins. The families that divide
+# (Granite, MiniCPM3) call theirs `logits_scaling`, which HyperCLOVA X uses for a multiplier.
+_MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """A language-model head ``z = φ(W h + b) / T`` and how to read its logits.
+
+    Attributes:
+        parameter: W, as the model owns it (the optimizer's state is keyed by this object).
+        bias: b, ``[V]``, or None.
+        logit_scale: factor on ``W h + b`` before the soft-cap.
+        logit_softcap: c of ``φ(y) = c·tanh(y / c)``, or None.
+        temperature: T, the sampling temperature that the trainer divides by.
+    """
+
+    parameter: nn.Parameter
+    bias: Float[Tensor, " V"] | None
+    logit_scale: float
+    logit_softcap: float | None
+    temperature: float
+
+    @property
+    def weight(self) -> Float[Tensor, "V d"]:
+        """W without its graph."""
+        return self.parameter.detach()
+
+    @property
+    def logit_options(self) -> dict[str, Any]:
+        """The keyword arguments by which the core describes this head's logits."""
+        return {
+            "temperature": self.temperature,
+            "logit_scale": self.logit_scale,
+            "logit_softcap": self.logit_softcap,
+            "head_bias": None if self.bias is None else self.bias.detach(),
+        }
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The transformers causal LM inside `model`, which may be wrapped by PEFT."""
+    unwrap: Any = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()
+
+
+def read_head(model: nn.Module, temperature: float) -> LMHead:
+    """Read the LM head of an unwrapped policy.
+
+    Args:
+        model: causal LM, or a PEFT model around one.
+        temperature: the trainer's sampling temperature.
+
+    Raises:
+        InputError: the head has no two-dimensional weight, as when it is sharded away or is not a
+            linear layer.
+    """
+    policy = causal_lm(model)
+    head = policy.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or weight.numel() == 0:
+        raise InputError(
+            "model",
+            f"the LM head of {type(policy).__name__} has no [vocabulary, hidden] weight to read; "
+            "CAPO needs an unsharded linear head",
+        )
+    scale, softcap = _logit_transform(policy.config.get_text_config())
+    return LMHead(weight, getattr(head, "bias", None), scale, softcap, temperature)
+
+
+def _logit_transform(config: Any) -> tuple[float, float | None]:
+    """The logit scale and the soft-cap in a text model's configuration.
+
+    The order of precedence is that of TRL's `add_fused_lm_head`: what it trains is what is judged.
+    """
+    softcap = getattr(config, "final_logit_softcapping", None)
+    for name in _MULTIPLIERS:
+        if (scale := getattr(config, name, None)) is not None:
+            return float(scale), softcap
+    if (scaling := getattr(config, "logits_scaling", None)) is not None:
+        return float(scaling if config.model_type == "hyperclovax" else 1 / scaling), softcap
+    return 1.0, softcap
+
+
+@contextmanager
+def capture_hidden(model: nn.Module) -> Iterator[list[Float[Tensor, "B L d"]]]:
+    """Collect the backbone's last hidden states, detached, of every forward in the block.
+
+    The hook is on the backbone and not on the head because TRL fuses the head into the
+    log-probability: `lm_head.forward` is never called in training. It is set for the block only, so
+    that generation and reference passes pay nothing, and looked up anew each time, since wrappers
+    may replace the backbone.
+    """
+    passes: list[Float[Tensor, "B L d"]] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        passes.append(output.last_hidden_state.detach())
+
+    handle = causal_lm(model).base_model.register_forward_hook(keep)
+    try:
+        yield passes
+    finally:
+        handle.remove()
+
+
+def predicting_positions(
+    hidden: Float[Tensor, "B L d"], completion_length: int
+) -> Float[Tensor, "B T d"]:
+    """The hidden states that predict the last `completion_length` tokens.
+
+    Position l predicts token l + 1, so these end one before the last position. (Slicing at the
+    completion's own positions pairs every probability with its neighbour's hidden state.)
+    """
+    return hidden[:, :-1][:, -completion_length:]

@@ -1,0 +1,231 @@
+"""The verdict on one micro-batch: curvature, selection, and what is logged of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import capo
+from capo.integrations._trl_head import LMHead
+from capo.integrations._trl_loss import gradient_weights
+from capo.integrations._trl_step import StepModel
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenRecord:
+    """What was judged and decided in one micro-batch. All tensors are on the CPU.
+
+    Attributes:
+        step: optimizer steps taken before this micro-batch.
+        token_ids: sampled tokens, ``[B, T]``, right-padded.
+        mask: True on the tokens that count, ``[B, T]``; elsewhere the other fields mean nothing.
+        log_prob: log-probability (nats) under the policy that is trained, ``[B, T]``.
+        entropy: entropy (nats) of the distribution the token was drawn from, ``[B, T]``.
+        advantage: the trainer's advantage, ``[B, T]``, before ratio and clipping.
+        objective_shift: m_H of the token's own step, ``[B, T]``.
+        policy_shift: m_F of the token's own step (nats), ``[B, T]``.
+        reason: `capo.Reason` of the verdict, int8 ``[B, T]``.
+        weight: kept share of the token's gradient in [0, 1], ``[B, T]``.
+        prompt_ids: prompts, ``[B, P]``, left-padded.
+        prompt_mask: True on the prompt's tokens, ``[B, P]``.
+    """
+
+    step: int
+    token_ids: Int[Tensor, "B T"]
+    mask: Bool[Tensor, "B T"]
+    log_prob: Float[Tensor, "B T"]
+    entropy: Float[Tensor, "B T"]
+    advantage: Float[Tensor, "B T"]
+    objective_shift: Float[Tensor, "B T"]
+    policy_shift: Float[Tensor, "B T"]
+    reason: Int[Tensor, "B T"]
+    weight: Float[Tensor, "B T"]
+    prompt_ids: Int[Tensor, "B P"]
+    prompt_mask: Bool[Tensor, "B P"]
+
+
+@dataclass(frozen=True)
+class PolicyPass:
+    """What one forward and loss of a micro-batch leave to be judged.
+
+    Attributes:
+        hidden: input of the LM head at the predicting positions, ``[B, T, d]``.
+        token_ids: sampled tokens, ``[B, T]``.
+        mask: True on the tokens that count, ``[B, T]``.
+        loss_gradient: ``∂loss/∂log π``, ``[B, T]``.
+        loss_scale: the loss's normalisation of each token, accumulation included, ``[B, 1]``.
+        accumulation_steps: micro-batches in one optimizer step.
+    """
+
+    hidden: Float[Tensor, "B T d"]
+    token_ids: Int[Tensor, "B T"]
+    mask: Bool[Tensor, "B T"]
+    loss_gradient: Float[Tensor, "B T"]
+    loss_scale: Float[Tensor, "B 1"]
+    accumulation_steps: int
+
+    @property
+    def effective_advantage(self) -> Float[Tensor, "B T"]:
+        """Advantage × ratio × not-clipped: the gradient as if the token were a batch of one."""
+        return -self.loss_gradient / self.loss_scale
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Curvature and selection of one micro-batch.
+
+    Attributes:
+        curvature: per-token shifts, ``[B, T]``.
+        selection: what the rule says.
+        weights: factors on the tokens' gradients, denominators taken into account, ``[B, T]``.
+        batch_policy_shift: see :meth:`Judge.batch_shifts`.
+        batch_objective_shift: see :meth:`Judge.batch_shifts`.
+    """
+
+    curvature: capo.TokenCurvature
+    selection: capo.Selection
+    weights: Float[Tensor, "B T"]
+    batch_policy_shift: Float[Tensor, ""]
+    batch_objective_shift: Float[Tensor, ""]
+
+
+class Judge:
+    """Judges micro-batches: each token's own step by `rule`.
+
+    Args:
+        rule: thresholds.
+        step_model: the optimizer's step of the head.
+        options: `fisher`, `top_k`, `renormalize` and `impl` of `capo.token_curvature`.
+    """
+
+    def __init__(
+        self, rule: capo.Thresholds, step_model: StepModel, options: dict[str, Any]
+    ) -> None:
+        self.rule = rule
+        self.step_model = step_model
+        self.options = options
+
+    @torch.no_grad()
+    def judge(
+        self, policy_pass: PolicyPass, head: LMHead, optimizer: torch.optim.Optimizer
+    ) -> Verdict:
+        """Judge a micro-batch, and add what is accepted of it to the simulated gradient."""
+        step = self.step_model.step(head, optimizer)
+        curvature = capo.token_curvature(
+            policy_pass.hidden,
+            head.weight,
+            policy_pass.token_ids,
+            policy_pass.effective_advantage,
+            step=step,
+            mask=policy_pass.mask,
+            **head.logit_options,
+            **self.options,
+        )
+        selection = capo.select(curvature, self.rule, policy_pass.mask)
+        weights = gradient_weights(selection.weights, policy_pass.mask, selection.denominator)
+        # `where`, not a product alone: a rejected token's gradient may be infinite or NaN.
+        accepted = torch.where(weights == 0, 0.0, weights * policy_pass.loss_gradient)
+        batch_shifts = self.batch_shifts(policy_pass, head, step, accepted)
+        self.step_model.accumulate(
+            head,
+            hidden=policy_pass.hidden,
+            token_ids=policy_pass.token_ids,
+            loss_gradient=accepted,
+            mask=policy_pass.mask,
+            top_k=self.options["top_k"],
+        )
+        return Verdict(curvature, selection, weights, *batch_shifts)
+
+    def batch_shifts(
+        self,
+        policy_pass: PolicyPass,
+        head: LMHead,
+        step: capo.SGDStep | capo.AdamStep,
+        accepted: Float[Tensor, "B T"],
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Policy and objective shift of the one step of all accepted tokens together.
+
+        The step is the optimizer's for the gated gradient of this micro-batch (which stands in for
+        the whole batch where gradients are accumulated), before gradient clipping. The policy shift
+        is the mean over all tokens that count, rejected ones included: they move too. The objective
+        shift is the predicted decrease of the loss.
+        """
+        tokens = policy_pass.mask.sum().clamp(min=1)
+        if isinstance(step, capo.AdamStep):
+            # The accepted gradient is normalised already, as the real one is.
+            step = dataclasses.replace(step, grad_scale=1.0)
+        batch = capo.token_curvature(
+            policy_pass.hidden,
+            head.weight,
+            policy_pass.token_ids,
+            # Batch granularity takes the mean over tokens; the loss's own normalisation is wanted.
+            -accepted * (tokens * policy_pass.accumulation_steps),
+            step=step,
+            mask=policy_pass.mask,
+            granularity="batch",
+            **head.logit_options,
+            **self.options,
+        )
+        first = policy_pass.mask.flatten().int().argmax()  # every unmasked token has the mean
+        return batch.policy_shift.flatten()[first], batch.objective_shift.flatten()[first]
+
+
+def shift_metrics(verdict: Verdict, mask: Bool[Tensor, "B T"]) -> dict[str, float]:
+    """The metrics of one micro-batch, keyed as they are logged. One transfer to the host."""
+    selection, curvature = verdict.selection, verdict.curvature
+    values = {
+        "rejection_rate": selection.rejection_rate,
+        **{
+            f"rejection_rate/{reason}": rate
+            for reason, rate in selection.rejection_rate_by_reason.items()
+        },
+        **_quantiles(
+            "policy_shift", curvature.policy_shift[mask], p50=0.5, p90=0.9, p99=0.99, max=1
+        ),
+        **_quantiles(
+            "objective_shift", curvature.objective_shift[mask], p01=0.01, p50=0.5, p99=0.99
+        ),
+        "batch/policy_shift": verdict.batch_policy_shift,
+        "batch/objective_shift": verdict.batch_objective_shift,
+        "tokens": mask.sum(),
+    }
+    numbers = torch.stack([value.float() for value in values.values()]).tolist()
+    return {f"capo/{name}": number for name, number in zip(values, numbers, strict=True)}
+
+
+def _quantiles(name: str, values: Float[Tensor, " N"], **at: float) -> dict[str, Tensor]:
+    if values.numel() == 0:  # a NaN is left out of the logged mean
+        return {f"{name}/{key}": values.new_tensor(float("nan")) for key in at}
+    ordered = values.sort().values
+    last = values.numel() - 1
+    return {f"{name}/{key}": ordered[round(share * last)] for key, share in at.items()}
+
+
+def token_record(step: int, inputs: dict[str, Any], judged: PolicyPass, verdict: Verdict) -> Any:
+    """The :class:`TokenRecord` of a judged micro-batch."""
+    advantages = inputs["advantages"]
+    if advantages.dim() == 1:
+        advantages = advantages.unsqueeze(1)
+    fields = {
+        "token_ids": judged.token_ids,
+        "mask": judged.mask,
+        "log_prob": verdict.curvature.log_prob,
+        "entropy": verdict.curvature.entropy,
+        "advantage": advantages.expand_as(judged.token_ids),
+        "objective_shift": verdict.curvature.objective_shift,
+        "policy_shift": verdict.curvature.policy_shift,
+        "reason": verdict.selection.reason,
+        "weight": verdict.selection.weights,
+        "prompt_ids": inputs["prompt_ids"],
+        "prompt_mask": inputs["prompt_mask"].bool(),
+    }
+    # A copy, since the trainer reuses its buffers and a callback may keep the record.
+    copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in fields.items()}
+    return TokenRecord(step=step, **copies)

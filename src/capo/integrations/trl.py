@@ -1,0 +1,336 @@
+"""CAPO in TRL: :class:`CAPOTrainer` is `GRPOTrainer` whose every token's step is judged first.
+
+    from capo.integrations.trl import CAPOConfig, CAPOTrainer
+
+    trainer = CAPOTrainer(model, reward_funcs=reward, args=CAPOConfig(selection="capo"), ...)
+
+All of TRL stays as it is: the loss is TRL's own, whatever its `loss_type`, and so are generation,
+rewards, metrics and checkpoints. Between the loss and its backward pass the trainer reads the
+loss's gradient with respect to the log-probabilities, judges each token by the curvature of its own
+step in the last layer (arXiv 2510.00819), and gates its gradient. Therefore
+
+- the logged loss does not change, only its gradient does;
+- the KL gradient (`beta`) of a rejected token is masked along with its policy gradient, and judged
+  as part of it;
+- the entropy bonus and the MoE balancing loss do not act through the sampled tokens'
+  log-probabilities and are left alone.
+
+With `selection=None` (and `advantage_baseline="group"`) the trainer is `GRPOTrainer`, bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOConfig, GRPOTrainer
+
+import capo
+from capo.core.errors import InputError
+from capo.integrations._trl_head import capture_hidden, predicting_positions, read_head
+from capo.integrations._trl_judge import (
+    Judge,
+    PolicyPass,
+    TokenRecord,
+    shift_metrics,
+    token_record,
+)
+from capo.integrations._trl_loss import LOSS_TYPES, GradientGate, token_loss_scale
+from capo.integrations._trl_state import load_state, save_state
+from capo.integrations._trl_step import StepModel, unwrapped_optimizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["CAPOConfig", "CAPOTrainer", "TokenRecord"]
+
+TokenCallback = Callable[[TokenRecord], None]
+
+_CHOICES = {
+    "step_model": ("adam", "sgd"),
+    "moments": ("simulated", "optimizer"),
+    "fisher": ("sampled", "exact"),
+    "advantage_baseline": ("group", "none"),
+}
+
+
+@dataclass
+class CAPOConfig(GRPOConfig):  # type: ignore[misc]
+    """`GRPOConfig` and what CAPO adds to it.
+
+    Dr.CAPO is ``selection="dr_capo", loss_type="dr_grpo", scale_rewards="none"``; ReinCAPO is
+    ``selection="reincapo", advantage_baseline="none"``.
+
+    Args:
+        selection: which tokens may act. ``"capo"``, ``"dr_capo"`` or ``"reincapo"``, the paper's
+            thresholds; or a dict of `policy_shift` (nats), `objective_shift` ([low, high], either
+            may be None) and `denominator` (``"kept"``: each sequence is renormalised over its kept
+            tokens; ``"all"``: the loss's denominators stay); or None, no selection.
+        step_model: whose step is judged, ``"adam"`` (the paper's) or ``"sgd"``.
+        moments: Adam's moments: ``"simulated"`` from the last-layer gradients of accepted tokens
+            (the paper's), or the ``"optimizer"``'s own. The latter need no memory, but with tied
+            embeddings they hold the input embedding's gradient as well.
+        fisher: policy shift from the ``"sampled"`` (the paper's) or the ``"exact"`` Fisher.
+        curvature_top_k: vocabulary rows per token in the curvature: the sampled token and the
+            likeliest others; None for all. (`top_k` is GRPOConfig's, of sampling.)
+        renormalize: renormalise the policy over those rows, as the paper does.
+        grad_scale: factor on a token's own gradient where it meets Adam's moments.
+        advantage_baseline: ``"group"``, TRL's advantages; ``"none"``, REINFORCE without a baseline:
+            the advantage is the weighted sum of the rewards, neither centred nor scaled.
+        impl: backend of the curvature, see `capo.token_curvature`.
+
+    Raises:
+        InputError: a value is not allowed; names the field and what is.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "selection"]
+
+    selection: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Preset 'capo', 'dr_capo' or 'reincapo', or a dict of thresholds."},
+    )
+    step_model: str = field(default="adam", metadata={"help": "'adam' or 'sgd'."})
+    moments: str = field(default="simulated", metadata={"help": "'simulated' or 'optimizer'."})
+    fisher: str = field(default="sampled", metadata={"help": "'sampled' or 'exact'."})
+    curvature_top_k: int | None = field(
+        default=50, metadata={"help": "Vocabulary rows per token in the curvature; None: all."}
+    )
+    renormalize: bool = field(
+        default=True, metadata={"help": "Renormalise the policy over the top-k rows."}
+    )
+    grad_scale: float = field(
+        default=1.0, metadata={"help": "Factor on a token's gradient where it meets the moments."}
+    )
+    advantage_baseline: str = field(
+        default="group", metadata={"help": "'group', or 'none' for REINFORCE."}
+    )
+    impl: str = field(default="auto", metadata={"help": "Backend of the curvature."})
+
+    def __post_init__(self) -> None:
+        """Check what CAPO adds, then let TRL check the rest."""
+        super().__post_init__()
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                choices = " or ".join(repr(choice) for choice in allowed)
+                raise InputError(name, f"must be {choices}, got {getattr(self, name)!r}")
+        if self.curvature_top_k is not None and self.curvature_top_k < 1:
+            raise InputError(
+                "curvature_top_k", f"must be at least 1 or None, got {self.curvature_top_k!r}"
+            )
+        if not self.grad_scale > 0:
+            raise InputError("grad_scale", f"must be positive, got {self.grad_scale!r}")
+        if self.advantage_baseline == "none" and self.multi_objective_aggregation != (
+            "sum_then_normalize"
+        ):
+            raise InputError(
+                "advantage_baseline",
+                "'none' needs multi_objective_aggregation='sum_then_normalize', since it does not "
+                "normalise",
+            )
+        self.thresholds()
+
+    def thresholds(self) -> capo.Thresholds | None:
+        """The selection rule that `selection` stands for, or None.
+
+        Raises:
+            InputError: `selection` names no preset, or its thresholds are impossible.
+        """
+        selection = self.selection
+        if selection is None:
+            return None
+        if isinstance(selection, str):
+            if selection not in capo.PAPER_THRESHOLDS:
+                raise InputError(
+                    "selection",
+                    f"must be one of {', '.join(map(repr, capo.PAPER_THRESHOLDS))}, a dict of "
+                    f"thresholds or None, got {selection!r}",
+                )
+            return capo.PAPER_THRESHOLDS[selection]
+        allowed = [f.name for f in fields(capo.Thresholds)]
+        if not isinstance(selection, dict) or not selection.keys() <= set(allowed):
+            raise InputError(
+                "selection",
+                f"must be a preset's name or a dict of {', '.join(allowed)}, got {selection!r}",
+            )
+        bounds = selection.get("objective_shift") or (None, None)
+        return capo.Thresholds(**{**selection, "objective_shift": tuple(bounds)})
+
+
+class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
+    """`GRPOTrainer` that judges every token's step before it is taken.
+
+    Args:
+        *args: as for `GRPOTrainer`; `args` may be a plain `GRPOConfig`, which selects nothing.
+        token_callbacks: called with a :class:`TokenRecord` for every micro-batch that was judged.
+        **kwargs: as for `GRPOTrainer`.
+
+    Raises:
+        InputError: the configuration does not fit the model or the way it is trained.
+    """
+
+    def __init__(
+        self, *args: Any, token_callbacks: list[TokenCallback] | None = None, **kwargs: Any
+    ) -> None:
+        """Build the trainer as TRL does; then check that what it trains can be judged."""
+        super().__init__(*args, **kwargs)
+        self.token_callbacks = list(token_callbacks or ())
+        self._judge = self._make_judge()
+        self._gate: GradientGate | None = None
+        self._clip_factor = 1.0
+        self._rewards: Tensor | None = None
+        if self._judge is not None:
+            self.add_callback(_OptimizerStepTaken(self._optimizer_step_taken))
+
+    def _make_judge(self) -> Judge | None:
+        args = self.args
+        rule = args.thresholds() if isinstance(args, CAPOConfig) else None
+        if rule is None:
+            return None
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.accelerator.num_processes > 1:
+            raise InputError(
+                "selection",
+                "is not supported with FSDP, DeepSpeed or several processes yet; train in a single "
+                "process or set selection=None",
+            )
+        if self.loss_type not in LOSS_TYPES:
+            raise InputError("loss_type", f"must be one of {', '.join(LOSS_TYPES)} with selection")
+        vocabulary = read_head(self.model, self.temperature).weight.size(0)
+        if args.curvature_top_k is not None and args.curvature_top_k > vocabulary:
+            raise InputError(
+                "curvature_top_k",
+                f"must be at most the vocabulary size {vocabulary} or None for all of it, "
+                f"got {args.curvature_top_k}",
+            )
+        step_model = StepModel(
+            args.step_model,
+            args.moments,
+            args.grad_scale,
+            {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon},
+        )
+        options = {
+            "fisher": args.fisher,
+            "top_k": args.curvature_top_k,
+            "renormalize": args.renormalize,
+            "impl": args.impl,
+        }
+        return Judge(rule, step_model, options)
+
+    # Selection: between the loss and its backward pass
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+        if self._judge is None or not self.model.training:
+            unchanged: Tensor = super()._compute_loss(model, inputs)
+            return unchanged
+        policy = self.accelerator.unwrap_model(model)
+        gate = self._gate = GradientGate()
+        try:
+            with capture_hidden(policy) as passes:
+                loss: Tensor = super()._compute_loss(model, inputs)
+        finally:
+            self._gate = None
+        completion_ids = inputs["completion_ids"]
+        mask = inputs["completion_mask"]
+        mask = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+        judged = PolicyPass(
+            hidden=predicting_positions(torch.cat(passes), completion_ids.size(1)),
+            token_ids=completion_ids,
+            mask=mask.bool(),
+            loss_gradient=gate.gradient(loss),
+            loss_scale=self._loss_scale(mask, inputs) / self.current_gradient_accumulation_steps,
+            accumulation_steps=self.current_gradient_accumulation_steps,
+        )
+        head = read_head(policy, self.temperature)
+        verdict = self._judge.judge(judged, head, unwrapped_optimizer(self.optimizer))
+        gate.weights = verdict.weights
+        for name, value in shift_metrics(verdict, judged.mask).items():
+            self._metrics["train"][name].append(value)
+        if self.token_callbacks:
+            record = token_record(self.state.global_step, inputs, judged, verdict)
+            for callback in self.token_callbacks:
+                callback(record)
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        log_probs, *others = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._gate is not None:
+            log_probs = self._gate(log_probs)
+        return (log_probs, *others)
+
+    def _loss_scale(self, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
+        # As in TRL's loss: `num_items_in_batch` spans the generation batch.
+        window_tokens = float(inputs["num_items_in_batch"].clamp(min=1))
+        return token_loss_scale(
+            self.loss_type,
+            mask,
+            max_completion_length=self.max_completion_length,
+            window_tokens=window_tokens / self.args.steps_per_generation,
+        )
+
+    # Moments: once per optimizer step, with the gradient as it was clipped
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if self._judge is not None:
+            # As torch.nn.utils.clip_grad_norm_ scales, its ε included.
+            self._clip_factor = min(1.0, self.args.max_grad_norm / (float(norm) + 1e-6))
+        return norm
+
+    def _optimizer_step_taken(self) -> None:
+        assert self._judge is not None
+        if self.accelerator.optimizer_step_was_skipped:  # overflow under fp16
+            self._judge.step_model.discard()
+        else:
+            self._judge.step_model.advance(self._clip_factor)
+        self._clip_factor = 1.0
+
+    # REINFORCE without a baseline
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        rewards: Tensor = super()._calculate_rewards(*args, **kwargs)
+        if getattr(self.args, "advantage_baseline", "group") == "none":
+            weighted = rewards * self.reward_weights.to(rewards.device)
+            self._rewards = weighted.nansum(dim=1)  # no reward at all counts as none: 0
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self._rewards is not None:
+            own = output["advantages"].size(0)
+            start = self.accelerator.process_index * own
+            output["advantages"] = self._rewards[start : start + own]
+            logged = self._logs["advantages"]  # the batch's group advantages are its last entries
+            for _ in range(min(len(logged), self._rewards.numel())):
+                logged.pop()
+            logged.extend(self._rewards.tolist())
+            self._rewards = None
+        return output
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self._judge is not None and self.args.should_save and not self.args.save_only_model:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            directory = Path(self._get_output_dir(trial=trial)) / folder
+            save_state(directory, self._judge.step_model.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | os.PathLike[str] | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._judge is not None and self._judge.step_model.simulated and checkpoint is not None:
+            self._judge.step_model.load_state_dict(load_state(Path(checkpoint)))
+
+
+class _OptimizerStepTaken(TrainerCallback):  # type: ignore[misc]
+    """Calls back when the optimizer has stepped (or would have, but for an overflow)."""
+
+    def __init__(self, notify: Callable[[], None]) -> None:
+        self._notify = notify
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._notify()

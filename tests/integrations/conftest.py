@@ -1,0 +1,20 @@
+"""Warnings that TRL and transformers raise about each other, and about nothing of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+THIRD_PARTY = (
+    # TRL 1.16 reads the property that transformers 5.23 has renamed.
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            for entry in THIRD_PARTY:
+                item.add_marker(pytest.mark.filterwarnings(entry))
