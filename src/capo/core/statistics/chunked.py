@@ -17,7 +17,7 @@ from capo.core.statistics.judged import Candidates, Sampled, judge_candidates, v
 from capo.core.statistics.options import current
 from capo.core.statistics.problem import Activation
 from capo.core.statistics.projection import project_block
-from capo.core.statistics.rest import Rest, Weights, locate, merge, weigh
+from capo.core.statistics.rest import ABSENT, Rest, Weights, locate, merge, weigh
 from capo.core.statistics.result import Statistics
 from capo.core.statistics.topk import RunningTopK
 from capo.core.steps import GivenStep, SGDStep
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from capo.core.statistics.problem import Problem
+    from capo.core.statistics.problem import Head, Problem
 
 
 def compute(problem: Problem) -> Statistics:
@@ -222,7 +222,11 @@ def join(pieces: Sequence[tuple[Rest, Sampled]]) -> tuple[Rest, Sampled]:
 
 def join_candidates(pieces: Sequence[Candidates]) -> Candidates:
     """Candidates of token chunks in order."""
-    return Candidates(torch.cat([c.y for c in pieces]), torch.cat([c.rows for c in pieces]))
+    return Candidates(
+        torch.cat([c.y for c in pieces]),
+        torch.cat([c.rows for c in pieces]),
+        torch.cat([c.left_out_lse for c in pieces]),
+    )
 
 
 def _judge_top_k(chunk: Problem) -> Statistics:
@@ -238,15 +242,26 @@ def find_rivals(chunk: Problem) -> tuple[Rest, Sampled, Candidates]:
     rest = Rest.empty(h[:, 0])
     gatherer = _SampledGatherer(h[:, 0])
     # φ is increasing, so the largest raw logits are the largest logits.
+    left_out = torch.full_like(h[:, 0], -torch.inf)
     rivals = RunningTopK(h[:, 0], chunk.top_k - 1, descending=head.scale >= 0)
     for block in vocabulary_blocks(head.vocabulary):
         y = head.raw(h, block)
         position, present = locate(chunk.token_ids, block)
-        rivals.update(y, block.start, position, present)
+        columns, evicted = rivals.update(y, block.start, position, present)
         act = head.activate(y)
         gatherer.take(act, position, present)
-        rest = merge(rest, _bare_block(weigh(act.z, position, present)))
-    return rest, gatherer.sampled(), Candidates(*rivals.result())
+        weights = weigh(act.z, position, present)
+        rest = merge(rest, _bare_block(weights))
+        if not chunk.renormalize:
+            never = weights.e.scatter_(1, columns, 0.0).sum(dim=1) / weights.total
+            left_out = torch.logaddexp(left_out, weights.lse + never.log())
+            left_out = torch.logaddexp(left_out, _lse_of_rivals(head, evicted))
+    return rest, gatherer.sampled(), Candidates(*rivals.result(), left_out)
+
+
+def _lse_of_rivals(head: Head, y: Float[Tensor, "n e"]) -> Float[Tensor, "n"]:
+    absent = y.abs() >= -ABSENT
+    return torch.logsumexp(head.activate(y).z.masked_fill_(absent, -torch.inf), dim=1)
 
 
 def _bare_block(weights: Weights) -> Rest:

@@ -35,7 +35,8 @@ def compute(problem: Problem) -> Statistics:
     if p.top_k is not None:
         rivals = act.z.masked_fill(is_sampled, -torch.inf)
         rows = rivals.topk(p.top_k - 1, dim=1).indices
-        candidates = Candidates(y.gather(1, rows), rows)
+        left_out = torch.logsumexp(rivals.scatter(1, rows, -torch.inf), dim=1)
+        candidates = Candidates(y.gather(1, rows), rows, left_out)
         return judge_candidates(
             p, Sampled(z_a, slope_a, bend_a), candidates, rest_lse, rest_entropy
         )

@@ -43,6 +43,7 @@ class Candidates:
 
     y: Float[Tensor, "n k"]
     rows: Int[Tensor, "n k"]
+    left_out_lse: Float[Tensor, "n"]  # log Σ exp z over every other row
 
 
 def values(
@@ -97,14 +98,12 @@ def judge_candidates(
     zero = torch.zeros_like(mean)
     left_out, bound = zero, zero
     if not chunk.renormalize:
-        # The rows left out are a block with u = 0 (README, eq. 8).
+        # The rows left out are a block with u = 0 (README, eq. 8); its mass is summed, not subtracted.
         kept = (set_lse - rest_lse).exp().clamp_max(1.0)
-        eps = torch.finfo(dtype).eps
-        missing = -torch.expm1((set_lse - rest_lse).clamp_max(0.0))
+        missing = (candidates.left_out_lse - rest_lse).exp().clamp_max(1.0)
         var = kept * var + kept * missing * mean * mean
         mean, bend_mean = kept * mean, kept * bend_mean
-        inside_everything = rows.shape[1] >= head.vocabulary
-        left_out = zero if inside_everything else r * (missing + 16.0 * eps)
+        left_out = r * missing * (1.0 + 64.0 * torch.finfo(dtype).eps)
         smallest = act.z.amin(dim=1) if act.z.shape[1] else rest_lse
         bound = u_bound(chunk, r * (smallest - rest_lse).exp().clamp_max(1.0))
     x_sampled = zero if x is None else x[:, -1]

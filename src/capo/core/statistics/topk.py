@@ -40,23 +40,28 @@ class RunningTopK:
         offset: int,
         position: Int[Tensor, "n"],
         present: Bool[Tensor, "n"],
-    ) -> None:
-        """Take in a block whose first row is ``offset``; ``y`` is left unchanged."""
-        if self.k == 0:
-            return
+    ) -> tuple[Int[Tensor, "n c"], Float[Tensor, "n e"]]:
+        """Take in a block whose first row is ``offset``; ``y`` is left unchanged.
+
+        Returns the block's columns that were considered, and the values among them and among the
+        entries held so far that were turned away.
+        """
         n, v = y.shape
+        if self.k == 0:
+            return self.rows, self.top
         column = position[:, None]
         kept = y.gather(1, column)
         if self.sign < 0:
             y = -y
         y.scatter_(1, column, torch.where(present[:, None], ABSENT, y.gather(1, column)))
         top, rows = self._contenders(y, n, v)
-        rows = rows + offset
         if self.sign > 0:
             y.scatter_(1, column, kept)
-        merged, merged_rows = torch.cat([self.top, top], 1), torch.cat([self.rows, rows], 1)
+        merged = torch.cat([self.top, top], 1)
+        merged_rows = torch.cat([self.rows, rows + offset], 1)
         self.top, order = merged.topk(min(self.k, merged.shape[1]), dim=1)
         self.rows = merged_rows.gather(1, order)
+        return rows, self.sign * merged.scatter_(1, order, ABSENT)
 
     def _contenders(
         self, y: Float[Tensor, "n v"], n: int, v: int
