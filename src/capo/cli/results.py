@@ -40,15 +40,13 @@ def report(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The HTML file; figures go beside it.")
     ] = Path("report.html"),
-    title: Annotated[str | None, typer.Option(help="Title of the report.")] = None,
+    title: Annotated[str, typer.Option(help="Title of the report.")] = "CAPO report",
+    target: Target = 0.75,
 ) -> None:
     """Write one self-contained HTML report, and its figures as PNG, on one or more runs."""
     from capo.lab.report import build_report
 
-    if title is None:
-        typer.echo(str(build_report(runs, output)))
-    else:
-        typer.echo(str(build_report(runs, output, title=title)))
+    typer.echo(str(build_report(runs, output, title=title, target_accuracy=target)))
 
 
 def evaluate(

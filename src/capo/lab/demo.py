@@ -94,7 +94,8 @@ def _report(runs: list[Path], path: Path) -> Path:
     from capo.cli.results import summarise_runs, table_of
     from capo.lab.report import build_report
 
-    build_report(runs, path, title="CAPO demonstration: one policy, trained three ways")
+    title = "CAPO demonstration: one policy, trained three ways"
+    build_report(runs, path, title=title, target_accuracy=TARGET)
     summaries = summarise_runs(runs, TARGET)
     console = Console() if Console().is_terminal else Console(width=160)
     console.print(table_of(summaries, TARGET))

@@ -1,0 +1,69 @@
+"""Tiny runs of the real thing, for the tests of runs and of the command line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from capo.lab.config import Config
+from capo.lab.progress import Progress
+from capo.lab.sources import load_config
+
+TINY = [
+    "training.steps=4",
+    "training.completions_per_step=16",
+    "training.micro_batch=8",
+    "training.max_completion_tokens=8",
+    "training.save_every=2",
+    "eval.problems=8",
+    "eval.every_completions=32",
+]
+
+
+def tiny(*overrides: str, preset: str = "small-aggressive") -> Config:
+    """Four steps of 16 completions of at most 8 tokens."""
+    return load_config(preset, [*TINY, *overrides])
+
+
+def weights(directory: Path) -> bytes:
+    """The trained policy's weights, to the bit."""
+    return (directory / "final" / "model.safetensors").read_bytes()
+
+
+class SignalAt(Progress):
+    """Sends this process a signal once a step is logged."""
+
+    def __init__(self, step: int, number: int = signal.SIGINT) -> None:
+        self.step, self.number = step, number
+
+    def stepped(self, row):
+        if row["step"] == self.step:
+            signal.raise_signal(self.number)
+
+
+def capo_command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "capo.cli.main", *arguments]
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """A real ``capo`` process."""
+    return subprocess.Popen(
+        capo_command(*arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_lines(path: Path, lines: int, process: subprocess.Popen[str]) -> None:
+    """Until ``path`` has so many lines; the process must still be at work then."""
+    deadline = time.monotonic() + 120
+    while not path.is_file() or len(path.read_text().splitlines()) < lines:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
