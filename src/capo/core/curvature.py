@@ -117,9 +117,9 @@ def token_curvature(
     shape = token_ids.shape
     head = _head(hidden, head_weight, head_bias, temperature, logit_scale, logit_softcap, step)
     _check_choices(fisher, granularity, impl, top_k, renormalize, head.vocabulary)
-    chosen = _check_mask(mask, token_ids)
-    _check_shapes(hidden, head_weight, token_ids)
-    effective = _broadcast("advantages", advantages, shape)[chosen].to(head.dtype)
+    chosen = check_mask(mask, token_ids)
+    check_shapes(hidden, head_weight, token_ids)
+    effective = broadcast("advantages", advantages, shape)[chosen].to(head.dtype)
     if coefficients is not None:
         if coefficients.shape != shape:
             raise InputError(
@@ -128,7 +128,7 @@ def token_curvature(
             )
         effective = effective * coefficients[chosen].to(head.dtype)
     tokens = token_ids[chosen]
-    _check_tokens(tokens, head.vocabulary)
+    check_tokens(tokens, head.vocabulary)
     problem = Problem(hidden[chosen], head, tokens, effective, step, top_k, renormalize)
     group_ids = _group_ids(granularity, sequence_ids, token_ids, chosen)
 
@@ -159,9 +159,7 @@ class _Flat(NamedTuple):
     bound: TruncationBound
 
 
-def _formulas(
-    t: Statistics, advantages: Float[Tensor, "N"], head: Head, fisher: Fisher
-) -> _Flat:
+def _formulas(t: Statistics, advantages: Float[Tensor, "N"], head: Head, fisher: Fisher) -> _Flat:
     """README, eq. 4–6 and 13: no difference of nearly equal numbers on confident tokens."""
     log_prob = F.logsigmoid(t.log_odds)
     p, r = torch.sigmoid(t.log_odds), torch.sigmoid(-t.log_odds)
@@ -202,7 +200,9 @@ def _average(flat: _Flat, group_ids: Int[Tensor, "N"]) -> _Flat:
         policy_shift=mean(flat.bound.policy_shift), objective_shift=mean(flat.bound.objective_shift)
     )
     return flat._replace(
-        objective_shift=mean(flat.objective_shift), policy_shift=mean(flat.policy_shift), bound=bound
+        objective_shift=mean(flat.objective_shift),
+        policy_shift=mean(flat.policy_shift),
+        bound=bound,
     )
 
 
@@ -214,7 +214,15 @@ def _scatter(
 
     bound = TruncationBound(*(full(b) for b in flat.bound)) if bounded else None
     return TokenCurvature(
-        *(full(x) for x in flat[:6]), truncation_bound=bound, mask=chosen, support=support
+        objective_shift=full(flat.objective_shift),
+        policy_shift=full(flat.policy_shift),
+        log_prob=full(flat.log_prob),
+        entropy=full(flat.entropy),
+        s=full(flat.s),
+        variance=full(flat.variance),
+        truncation_bound=bound,
+        mask=chosen,
+        support=support,
     )
 
 
@@ -242,7 +250,9 @@ def make_head(
     if not math.isfinite(logit_scale):
         raise InputError("logit_scale", f"must be a finite number, got {logit_scale!r}.")
     if logit_softcap is not None and not (math.isfinite(logit_softcap) and logit_softcap > 0):
-        raise InputError("logit_softcap", f"must be a finite number > 0 or None, got {logit_softcap!r}.")
+        raise InputError(
+            "logit_softcap", f"must be a finite number > 0 or None, got {logit_softcap!r}."
+        )
     dtype = dtype or compute_dtype(hidden, head_weight)
     return Head(
         head_weight.detach(),
@@ -288,7 +298,7 @@ def _check_choices(
         )
 
 
-def _check_shapes(
+def check_shapes(
     hidden: Float[Tensor, "... d"], head_weight: Float[Tensor, "V d"], token_ids: Int[Tensor, "..."]
 ) -> None:
     if tuple(hidden.shape) != (*token_ids.shape, head_weight.shape[1]):
@@ -301,7 +311,7 @@ def _check_shapes(
         raise InputError("hidden", f"must be floating point, got {hidden.dtype}.")
 
 
-def _check_mask(
+def check_mask(
     mask: Bool[Tensor, "..."] | None, token_ids: Int[Tensor, "..."]
 ) -> Bool[Tensor, "..."]:
     if token_ids.is_floating_point() or token_ids.is_complex() or token_ids.dtype == torch.bool:
@@ -310,17 +320,18 @@ def _check_mask(
         return torch.ones_like(token_ids, dtype=torch.bool)
     if mask.shape != token_ids.shape:
         raise InputError(
-            "mask", f"must be shaped like token_ids {tuple(token_ids.shape)}, got {tuple(mask.shape)}."
+            "mask",
+            f"must be shaped like token_ids {tuple(token_ids.shape)}, got {tuple(mask.shape)}.",
         )
     return mask.bool()
 
 
-def _check_tokens(tokens: Int[Tensor, "N"], vocabulary: int) -> None:
-    if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < vocabulary):
+def check_tokens(tokens: Int[Tensor, "N"], vocabulary: int) -> None:
+    if tokens.numel() and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocabulary):
         raise InputError("token_ids", f"must be from 0 to V − 1 = {vocabulary - 1} where unmasked.")
 
 
-def _broadcast(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+def broadcast(name: str, value: Tensor, shape: torch.Size) -> Tensor:
     try:
         return value.detach().broadcast_to(shape)
     except RuntimeError:
@@ -344,7 +355,7 @@ def _group_ids(
         if token_ids.ndim != 2:
             raise InputError("sequence_ids", "must be given unless token_ids is [B, T].")
         sequence_ids = torch.arange(token_ids.shape[0], device=token_ids.device)[:, None]
-    return _broadcast("sequence_ids", sequence_ids, token_ids.shape)[chosen]
+    return broadcast("sequence_ids", sequence_ids, token_ids.shape)[chosen]
 
 
 def _report_non_finite(
@@ -359,7 +370,7 @@ def _report_non_finite(
         "hidden": problem.hidden,
         "head_weight": problem.head.weight,
         "head_bias": problem.head.bias,
-        "advantages": _broadcast("advantages", advantages, chosen.shape)[chosen],
+        "advantages": broadcast("advantages", advantages, chosen.shape)[chosen],
         "coefficients": None if coefficients is None else coefficients[chosen],
     }
     match step:

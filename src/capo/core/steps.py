@@ -187,13 +187,7 @@ class AdamStep:
                 "preconditioner",
                 "'frozen' needs moments: it is undefined before the first step.",
             )
-        elif self.exp_avg_sq is not None:
-            _require(
-                self.exp_avg.shape == self.exp_avg_sq.shape,
-                "exp_avg_sq",
-                f"must have exp_avg's shape {tuple(self.exp_avg.shape)}, "
-                f"got {tuple(self.exp_avg_sq.shape)}.",
-            )
+        else:
             _require(
                 self.preconditioner == "exact" or self.step > 0,
                 "preconditioner",

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from capo.core.errors import InputError
 from capo.core.statistics import chunked, eager, groups
-from capo.core.steps import GivenStep
 from capo.core.statistics.options import Options, options
+from capo.core.steps import GivenStep
 
 if TYPE_CHECKING:
     from jaxtyping import Int

@@ -26,7 +26,8 @@ def u_bound(chunk: Problem, probability: Float[Tensor, "n"]) -> Float[Tensor, "n
 
 def _q_bound(chunk: Problem, probability: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
     h, head, step = chunk.hidden, chunk.head, chunk.step
-    norm = torch.linalg.vector_norm(h, dim=1)
+    norm: Tensor = torch.linalg.vector_norm(h, dim=1)
+    bound: Tensor
     # A left-out row's gradient coefficient: |c_k| = |A φ′ π_k|/T
     coefficient = (
         chunk.advantages.abs()
@@ -36,7 +37,7 @@ def _q_bound(chunk: Problem, probability: Float[Tensor, "n"]) -> Float[Tensor, "
     decay = 0.0
     match step:
         case GivenStep():
-            return _max_row_norm(step.delta, h.dtype) * norm
+            bound = _max_row_norm(step.delta, h.dtype) * norm
         case SGDStep():
             bound = step.lr * coefficient * norm * norm
             decay = step.lr * step.weight_decay
@@ -68,7 +69,7 @@ def _adam_column_bounds(step: AdamStep, h: Float[Tensor, "n d"]) -> Float[Tensor
     """
     beta1, beta2 = step.betas
     correction1, correction2 = step.bias_corrections
-    ratio = torch.zeros(h.shape[1], dtype=h.dtype, device=h.device)
+    ratio: Tensor = torch.zeros(h.shape[1], dtype=h.dtype, device=h.device)
     if step.exp_avg is not None and step.exp_avg_sq is not None and beta1 > 0:
         for start in range(0, step.exp_avg.shape[0], ROW_BLOCK):
             m = step.exp_avg[start : start + ROW_BLOCK].to(h.dtype)
@@ -76,17 +77,18 @@ def _adam_column_bounds(step: AdamStep, h: Float[Tensor, "n d"]) -> Float[Tensor
             block = torch.where(m == 0, 0.0, m * m / v)  # v = 0 with m ≠ 0: no bound exists
             ratio = torch.maximum(ratio, block.amax(dim=0))
         ratio = ratio * (beta1**2 / beta2) if beta2 > 0 else torch.where(ratio > 0, torch.inf, 0.0)
-    squared = ratio + (1.0 - beta1) ** 2 / (1.0 - beta2)
+    squared: Tensor = ratio + (1.0 - beta1) ** 2 / (1.0 - beta2)
     # Rounding of the quotient above must not undercut the theorem.
     slack = 1.0 + 8.0 * torch.finfo(h.dtype).eps
-    return squared.sqrt() * (step.lr * correction2**0.5 / correction1 * slack)
+    bound: Tensor = squared.sqrt() * (step.lr * correction2**0.5 / correction1 * slack)
+    return bound
 
 
 def _frozen_column_bounds(
     step: AdamStep, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "d"], Float[Tensor, "d"]]:
-    assert step.exp_avg is not None  # noqa: S101  (checked by AdamStep)
-    assert step.exp_avg_sq is not None  # noqa: S101
+    assert step.exp_avg is not None
+    assert step.exp_avg_sq is not None
     inverse = 1.0 / (
         (step.exp_avg_sq.to(dtype) / (1.0 - step.betas[1] ** step.step)).sqrt() + step.eps
     )
@@ -100,4 +102,5 @@ def _max_row_norm(matrix: Float[Tensor, "V d"], dtype: torch.dtype) -> Float[Ten
         torch.linalg.vector_norm(matrix[s : s + ROW_BLOCK].to(dtype), dim=1).amax()
         for s in range(0, matrix.shape[0], ROW_BLOCK)
     ]
-    return torch.stack(parts).amax()
+    largest: Tensor = torch.stack(parts).amax()
+    return largest

@@ -17,7 +17,7 @@ from capo.core.statistics.judged import Candidates, Sampled, judge_candidates, v
 from capo.core.statistics.options import current
 from capo.core.statistics.problem import Activation
 from capo.core.statistics.projection import project_block
-from capo.core.statistics.rest import ABSENT, Rest, Weights, locate, merge, weigh
+from capo.core.statistics.rest import ABSENT, Rest, Weights, dot, locate, merge, weigh
 from capo.core.statistics.result import Statistics
 from capo.core.statistics.topk import RunningTopK
 from capo.core.steps import GivenStep, SGDStep
@@ -60,9 +60,7 @@ class _SampledGatherer:
     def __init__(self, like: Float[Tensor, "n"]) -> None:
         self.z, self.slope, self.bend, self.q = (torch.zeros_like(like) for _ in range(4))
 
-    def take(
-        self, act: Activation, position: Int[Tensor, "n"], present: Bool[Tensor, "n"]
-    ) -> None:
+    def take(self, act: Activation, position: Int[Tensor, "n"], present: Bool[Tensor, "n"]) -> None:
         column = position[:, None]
         self.z = torch.where(present, act.z.gather(1, column)[:, 0], self.z)
         slope = (
@@ -102,7 +100,7 @@ def _judge_one_pass(chunk: Problem) -> Statistics:
     if isinstance(step, SGDStep):
         r = torch.sigmoid(-log_odds)
         # u_k = c φ′_k² w_k with w = (r, −r π′): the block values were φ′² π′ and φ″ φ′² π′²
-        c = step.lr * chunk.advantages * torch.linalg.vecdot(h, h) / temperature**2
+        c = step.lr * chunk.advantages * dot(h, h) / temperature**2
         u_a, mean, var = c * gatherer.slope**2 * r, -c * r * rest.mean, (c * r) ** 2 * rest.var
         bend_gap = c * c * temperature * r * r * (gatherer.bend * gatherer.slope**2 - rest.bend)
     else:
@@ -116,7 +114,7 @@ def _sgd_block(weights: Weights, act: Activation) -> Rest:
     pi = weights.e / weights.total.clamp_min(tiny)[:, None]
     if act.bend is None or not isinstance(act.slope, torch.Tensor):
         # Constant slope: E[π′] and Var(π′), scaled once per token instead of once per logit.
-        assert isinstance(act.slope, float)  # noqa: S101  (a bend comes with a slope)
+        assert isinstance(act.slope, float)
         mean, var = weights.moments(pi)
         squared = act.slope**2
         return Rest(
@@ -212,12 +210,12 @@ def _judge_held(chunk: Problem) -> Statistics:
 def join(pieces: Sequence[tuple[Rest, Sampled]]) -> tuple[Rest, Sampled]:
     """Normalisers of token chunks in order."""
     rests, sampled = [r for r, _ in pieces], [s for _, s in pieces]
-    columns = [
-        torch.cat([getattr(r, name) for r in rests])
+    columns = {
+        name: torch.cat([getattr(r, name) for r in rests])
         for name in ("lse", "entropy", "mean", "var", "bend")
-    ]
-    own = [torch.cat([getattr(s, name) for s in sampled]) for name in ("z", "slope", "bend")]
-    return Rest(*columns), Sampled(*own)
+    }
+    own = {name: torch.cat([getattr(s, name) for s in sampled]) for name in ("z", "slope", "bend")}
+    return Rest(**columns, degree=rests[0].degree), Sampled(**own)
 
 
 def join_candidates(pieces: Sequence[Candidates]) -> Candidates:
@@ -237,7 +235,7 @@ def _judge_top_k(chunk: Problem) -> Statistics:
 
 def find_rivals(chunk: Problem) -> tuple[Rest, Sampled, Candidates]:
     """The normaliser and the K − 1 largest logits besides the sampled token's."""
-    assert chunk.top_k is not None  # noqa: S101  (chosen by compute)
+    assert chunk.top_k is not None
     head, h = chunk.head, chunk.hidden
     rest = Rest.empty(h[:, 0])
     gatherer = _SampledGatherer(h[:, 0])

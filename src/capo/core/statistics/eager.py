@@ -49,7 +49,7 @@ def compute(problem: Problem) -> Statistics:
     u, x = values(p, q, act._replace(slope=slope, bend=bend))
     u_mean = (pi_rest * u).sum(dim=1)
     zero = torch.zeros_like(log_odds)
-    assert x is not None  # noqa: S101  (bend was given)
+    assert x is not None
     return Statistics(
         log_odds=log_odds,
         rest_entropy=rest_entropy,

@@ -35,7 +35,7 @@ def compute(problem: Problem, groups: Int[Tensor, "N"]) -> Statistics:
     order = torch.argsort(groups, stable=True)
     sizes = torch.unique_consecutive(groups[order], return_counts=True)[1].tolist()
     parts = []
-    for index in order.split(sizes):
+    for index in torch.split(order, sizes):
         group = replace(
             problem,
             hidden=problem.hidden[index],

@@ -22,7 +22,8 @@ class Options:
     compile: bool | None = None  # fuse with torch.compile: True, False, or where it pays (None)
 
 
-_OPTIONS: ContextVar[Options] = ContextVar("capo_statistics_options", default=Options())
+_DEFAULT = Options()
+_OPTIONS: ContextVar[Options] = ContextVar("capo_statistics_options", default=_DEFAULT)
 
 
 def current() -> Options:

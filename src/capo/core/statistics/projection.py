@@ -15,6 +15,7 @@ import torch
 
 from capo.core.statistics import fused
 from capo.core.statistics.options import current
+from capo.core.statistics.rest import dot
 from capo.core.steps import AdamStep, GivenStep, MomentumStep, SGDStep
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def project_gathered(
 
 
 def _square_norm(hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n"]:
-    return torch.linalg.vecdot(hidden, hidden)
+    return dot(hidden, hidden)
 
 
 def _decay(
@@ -160,8 +161,8 @@ def _frozen_rows(
     step: AdamStep, block: slice | Int[Tensor, "n k"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "*rows d"], Float[Tensor, "*rows d"]]:
     """``(−α β₁/(1−β₁^{t+1}) · m P, P)`` with ``P = 1/(√v̂ + ε)`` for the given rows."""
-    assert step.exp_avg is not None  # noqa: S101  (checked by AdamStep)
-    assert step.exp_avg_sq is not None  # noqa: S101
+    assert step.exp_avg is not None
+    assert step.exp_avg_sq is not None
     variance = step.exp_avg_sq[block].to(dtype) / (1.0 - step.betas[1] ** step.step)
     inverse = (variance.sqrt_() + step.eps).reciprocal_()
     correction1, _ = step.bias_corrections

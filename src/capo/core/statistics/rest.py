@@ -27,7 +27,8 @@ ABSENT = -1.0e30
 
 def dot(a: Float[Tensor, "n v"], b: Float[Tensor, "n v"]) -> Float[Tensor, "n"]:
     """Row-wise inner product without an ``[n, v]`` temporary."""
-    return torch.linalg.vecdot(a, b)
+    product: Tensor = torch.linalg.vecdot(a, b)
+    return product
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,7 @@ def merge(a: Rest, b: Rest) -> Rest:
     log_f = torch.where(a.lse == -torch.inf, -torch.inf, a.lse - lse)
     log_g = torch.where(b.lse == -torch.inf, -torch.inf, b.lse - lse)
     f, g = log_f.exp(), log_g.exp()
-    entropy = (
-        f * a.entropy + g * b.entropy - torch.special.xlogy(f, f) - torch.special.xlogy(g, g)
-    )
+    entropy = f * a.entropy + g * b.entropy - torch.special.xlogy(f, f) - torch.special.xlogy(g, g)
     mean_a, mean_b, var_a, var_b, bend_a, bend_b = a.mean, b.mean, a.var, b.var, a.bend, b.bend
     if a.degree == 1:
         mean_a, mean_b = f * mean_a, g * mean_b
@@ -126,14 +125,10 @@ def weigh(
     entropy = (safe.log() - dot(e, z) / safe).clamp_min_(0.0)
     # `== 0`, not `> 0`: a NaN must come out as NaN, so that it is reported.
     alone = total == 0
-    return Weights(
-        e, total, lse.masked_fill(alone, -torch.inf), entropy.masked_fill(alone, 0.0)
-    )
+    return Weights(e, total, lse.masked_fill(alone, -torch.inf), entropy.masked_fill(alone, 0.0))
 
 
-def locate(
-    token_ids: Int[Tensor, "n"], block: slice
-) -> tuple[Int[Tensor, "n"], Bool[Tensor, "n"]]:
+def locate(token_ids: Int[Tensor, "n"], block: slice) -> tuple[Int[Tensor, "n"], Bool[Tensor, "n"]]:
     """Column of each sampled token in a vocabulary block, and whether it is there."""
     position = token_ids - block.start
     present = (position >= 0) & (position < block.stop - block.start)

@@ -57,7 +57,9 @@ class Statistics:
 
     def reorder(self, index: Int[Tensor, "N"]) -> Statistics:
         """The tokens in another order."""
-        columns = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "support"}
+        columns = {
+            f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "support"
+        }
         support = self.support
         if support is not None:
             support = Support(support.rows[index], support.residual[index])
