@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from capo.core.curvature import broadcast, check_mask, check_shapes, check_tokens, make_head
 from capo.core.errors import InputError
 from capo.core.statistics import chunked
 from capo.core.statistics.groups import scatter_gradient
 from capo.core.statistics.options import current
 from capo.core.statistics.problem import Problem
 from capo.core.steps import AdamStep, SGDStep
+from capo.core.validation import broadcast, check_mask, check_shapes, check_tokens, make_head
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -166,8 +166,10 @@ class LastLayerMoments:
             grad_norm: the norm to clip by (that of the whole model); None uses the head's own.
 
         Raises:
-            InputError: nothing was accumulated.
+            InputError: ``max_norm`` ≤ 0, or nothing was accumulated.
         """
+        if max_norm is not None and not max_norm > 0:
+            raise InputError("max_norm", f"must be a number > 0 or None, got {max_norm!r}.")
         if self.grad is None:
             raise InputError("grad", "must be accumulated before the moments can advance.")
         beta1, beta2 = self.betas
