@@ -1,0 +1,294 @@
+"""Every figure of the report, in the order of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+import pandas as pd
+
+from capo.lab.report import charts
+from capo.lab.report import series as tables
+from capo.lab.report.charts import POSITION_TIPS, Figure
+from capo.lab.report.style import REASON_COLORS
+from capo.lab.report.summary import Series
+from capo.lab.report.thresholds import thresholds_of
+
+# metric, title, unit on the axis, caption
+SIGNALS = (
+    ("reward", "Training reward", "mean reward", "Mean reward of the completions of each step."),
+    ("entropy", "Entropy", "nats a token", "Mean entropy of the policy over completion tokens."),
+    ("grad_norm", "Gradient norm", "norm before clipping", "Before clipping."),
+    ("kl", "KL to the reference", "nats a token", "As logged by the trainer."),
+    (
+        "completions/mean_length",
+        "Completion length",
+        "tokens",
+        "Mean number of tokens of a completion.",
+    ),
+    ("learning_rate", "Learning rate", "learning rate", "As scheduled."),
+)
+POLICY_SHIFT = {f"capo/policy_shift/{name}": name for name in ("p50", "p90", "p99", "max")}
+OBJECTIVE_SHIFT = {f"capo/objective_shift/{name}": name for name in ("p01", "p50", "p99")}
+REASONS = {
+    "capo/rejection_rate/policy_shift": "policy shift too large",
+    "capo/rejection_rate/objective_low": "objective shift too low",
+    "capo/rejection_rate/objective_high": "objective shift too high",
+}
+MAX_REASON_FIGURES = 6
+
+
+def accuracy_figure(series: Sequence[Series], target: float) -> Figure:
+    """Accuracy against completions consumed, with error band, collapse and target."""
+    names = [one.name for one in series]
+    data = tables.accuracy_table(series)
+    fallen = [
+        {
+            "series": one.name,
+            "completions": s.collapsed_at.completions,
+            "accuracy": s.collapsed_at.accuracy,
+            "run": s.run.name,
+        }
+        for one in series
+        for s in one.summaries
+        if s.collapsed_at
+    ]
+    collapse = pd.DataFrame(fallen, columns=["series", "completions", "accuracy", "run"])
+    rules = pd.DataFrame([{"value": target, "label": f"target {target:g}"}])
+    y = alt.Y("accuracy:Q", title="accuracy", scale=alt.Scale(domain=[0, 1]))
+    base, look = charts.source(), charts.series_encodings(names)
+    band = base.mark_area(opacity=0.18, line=False).encode(
+        x=charts.x_axis(), y=alt.Y("low:Q", title="accuracy"), y2="high:Q", color=look["color"]
+    )
+    line = base.mark_line(strokeWidth=2.5).encode(x=charts.x_axis(), y=y, **look)
+    tips = charts.tooltips(
+        ("accuracy", "accuracy", ".3f"),
+        ("low", "low", ".3f"),
+        ("high", "high", ".3f"),
+        *POSITION_TIPS,
+        ("runs", "runs", "d"),
+    )
+    points = base.mark_point(filled=True, size=55, opacity=1).encode(
+        x=charts.x_axis(),
+        y=y,
+        color=look["color"],
+        shape=charts.shape_encoding(names),
+        tooltip=tips,
+    )
+    marks = charts.source("collapse")
+    cross = marks.mark_point(shape=charts.CROSS, size=260, strokeWidth=3, opacity=1).encode(
+        x=charts.x_axis(),
+        y=y,
+        color=look["color"],
+        tooltip=charts.tooltips(
+            ("completions", "collapsed at", ","), ("accuracy", "accuracy", ".3f")
+        ),
+    )
+    word = marks.mark_text(align="left", dx=12, dy=-12, fontSize=12, fontWeight=600).encode(
+        x=charts.x_axis(), y=y, text=alt.value("collapsed"), color=look["color"]
+    )
+    chart = charts.layered(names, band, *charts.rule_layers("rules"), line, points, cross, word)
+    return Figure(
+        "accuracy",
+        "Accuracy against completions consumed",
+        "Accuracy of sampled answers on fixed held-out problems. Band: ± one binomial standard "
+        "error (one run) or the range over seeds around their median. ✕: the first evaluation of "
+        "a collapse (below half the base policy's accuracy three times in a row, or at the end).",
+        chart,
+        data,
+        {"collapse": collapse, "rules": rules},
+        wide=True,
+    )
+
+
+def signal_figure(
+    series: Sequence[Series], key: str, title: str, unit: str, caption: str
+) -> Figure:
+    """One logged number: median line, range over seeds (or over the steps of a bin) as a band."""
+    names = [one.name for one in series]
+    data = tables.signal_table(series, key)
+    base, look = charts.source(), charts.series_encodings(names)
+    y = alt.Y("median:Q", title=unit, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))
+    layers = []
+    if (data["values"] > 1).any():
+        layers.append(
+            base.mark_area(opacity=0.18).encode(
+                x=charts.x_axis(), y=alt.Y("low:Q", title=unit), y2="high:Q", color=look["color"]
+            )
+        )
+    layers.append(base.mark_line(strokeWidth=1.8).encode(x=charts.x_axis(), y=y, **look))
+    tips = charts.tooltips(("median", title.lower(), ".4~g"), *POSITION_TIPS)
+    layers += charts.hover_layers(names, base, y, tips)
+    slug = key.removeprefix("capo/").replace("/", "-").replace("_", "-")
+    return Figure(slug, title, caption, charts.layered(names, *layers), data)
+
+
+def policy_shift_figure(series: Sequence[Series]) -> Figure:
+    """Quantiles of the token-level policy shift over training, as a fan on a log axis."""
+    names = [one.name for one in series]
+    columns = list(POLICY_SHIFT.values())
+    data = tables.quantile_table(series, POLICY_SHIFT)
+    floor = charts.log_floor(data, columns)
+    base, look = charts.clamped(charts.source(), columns, floor), charts.series_encodings(names)
+
+    def y(column: str) -> Any:
+        return charts.log_y(f"{column}_", "policy shift m_F (nats)", floor)
+
+    layers = [
+        base.mark_area(opacity=opacity).encode(
+            x=charts.x_axis(), y=y(low), y2=f"{high}_:Q", color=look["color"]
+        )
+        for low, high, opacity in (("p50", "max", 0.10), ("p90", "p99", 0.20))
+    ]
+    layers.append(base.mark_line(strokeWidth=2).encode(x=charts.x_axis(), y=y("p99"), **look))
+    tips = charts.tooltips(*((c, c, ".2e") for c in reversed(columns)), *POSITION_TIPS)
+    layers += charts.hover_layers(names, base, y("p99"), tips)
+    rules = pd.DataFrame(
+        [
+            {"value": limit.policy_shift, "label": f"δ_F = {limit.policy_shift:g} ({name})"}
+            for name, limit in thresholds_of(series).items()
+            if limit.policy_shift
+        ],
+        columns=["value", "label"],
+    )
+    if len(rules):
+        layers += charts.rule_layers("rules")
+    return Figure(
+        "policy-shift",
+        "Policy shift of a token's own step",
+        "m_F, about the KL divergence that the step of one token alone would cause. Line: 99th "
+        "percentile; dark band: 90th to 99th; light band: median to largest. Values below "
+        f"{floor:.0e} are drawn there. Dashed: the threshold above which a token is rejected.",
+        charts.layered(names, *layers),
+        data,
+        {"rules": rules},
+    )
+
+
+def objective_shift_figure(series: Sequence[Series]) -> Figure:
+    """Quantiles of the token-level objective shift over training, signed log axis."""
+    names = [one.name for one in series]
+    columns = list(OBJECTIVE_SHIFT.values())
+    data = tables.quantile_table(series, OBJECTIVE_SHIFT)
+    base, look = charts.source(), charts.series_encodings(names)
+    limits = [
+        {"value": bound, "label": f"δ_H = {bound:g} ({name})"}
+        for name, limit in thresholds_of(series).items()
+        for bound in limit.objective_shift
+        if bound is not None
+    ]
+
+    def y(column: str) -> Any:
+        return charts.symlog_y(data, columns, column, "objective shift m_H")
+
+    layers = [
+        base.mark_area(opacity=0.16).encode(
+            x=charts.x_axis(), y=y("p01"), y2="p99:Q", color=look["color"]
+        ),
+        base.mark_line(strokeWidth=2).encode(x=charts.x_axis(), y=y("p50"), **look),
+    ]
+    tips = charts.tooltips(*((c, c, ".2e") for c in reversed(columns)), *POSITION_TIPS)
+    layers += charts.hover_layers(names, base, y("p50"), tips)
+    rules = pd.DataFrame(limits, columns=["value", "label"])
+    if limits:
+        layers += charts.rule_layers("rules")
+    return Figure(
+        "objective-shift",
+        "Objective shift of a token's own step",
+        "m_H, the change of the objective that the step of one token alone promises, to second "
+        "order. Line: median; band: 1st to 99th percentile; signed logarithmic axis. Dashed: the "
+        "thresholds between which a token is kept.",
+        charts.layered(names, *layers),
+        data,
+        {"rules": rules},
+    )
+
+
+def batch_figure(series: Sequence[Series], kind: str) -> Figure:
+    """Batch-level policy or objective shift: of the one step that the optimizer takes."""
+    names = [one.name for one in series]
+    data = tables.signal_table(series, f"capo/batch/{kind}_shift")
+    symbol = "m_F" if kind == "policy" else "m_H"
+    title, columns = f"Batch-level {kind} shift", ["low", "median", "high"]
+    base, look = charts.source(), charts.series_encodings(names)
+    if kind == "policy":
+        floor = charts.log_floor(data, columns)
+        base = charts.clamped(base, columns, floor)
+        y = charts.log_y("median_", f"{symbol} (nats)", floor)
+    else:
+        y = charts.symlog_y(data, columns, "median", symbol)
+    line = base.mark_line(strokeWidth=1.8).encode(x=charts.x_axis(), y=y, **look)
+    tips = charts.tooltips(("median", symbol, ".2e"), *POSITION_TIPS)
+    layers = [line, *charts.hover_layers(names, base, y, tips)]
+    caption = f"{symbol} of the whole batch's step of the LM head, as the last-layer model sees it."
+    return Figure(f"batch-{kind}-shift", title, caption, charts.layered(names, *layers), data)
+
+
+def reason_figure(one: Series, index: int) -> Figure:
+    """Rejection rate of one series, stacked by reason."""
+    data = tables.rejection_table(one, REASONS)
+    reasons = list(REASONS.values())
+    area = (
+        alt.Chart(alt.NamedData(name=charts.MAIN))
+        .mark_area()
+        .encode(
+            x=charts.x_axis(),
+            y=alt.Y("rate:Q", stack="zero", title="share of tokens", axis=alt.Axis(format="%")),
+            color=alt.Color(
+                "reason:N",
+                scale=alt.Scale(domain=reasons, range=list(REASON_COLORS)),
+                legend=alt.Legend(title=None, columns=1, symbolType="square"),
+            ),
+            order=alt.Order("reason_order:Q"),
+            tooltip=[
+                alt.Tooltip("reason:N"),
+                alt.Tooltip("rate:Q", title="rate", format=".2%"),
+                alt.Tooltip("completions:Q", format=","),
+                alt.Tooltip("step:Q"),
+            ],
+        )
+        .transform_calculate(reason_order=f"indexof({reasons!r}, datum.reason)")
+    )
+    caption = "Share of completion tokens rejected; a token counts under its first reason."
+    chart = charts.layered([one.name], area)
+    title = f"Rejected tokens by reason: {one.name}"
+    return Figure(f"rejection-{index}", title, caption, chart, data, series_legend=False)
+
+
+def sections(series: Sequence[Series], target: float) -> list[tuple[str, str, list[Figure]]]:
+    """The figures by section (anchor, heading, figures); what no run logged is left out."""
+
+    def logged(key: str) -> bool:
+        return tables.has_metric(series, key)
+
+    signals = [signal_figure(series, *entry) for entry in SIGNALS if logged(entry[0])]
+    shifts = [policy_shift_figure(series)] if any(map(logged, POLICY_SHIFT)) else []
+    if any(map(logged, OBJECTIVE_SHIFT)):
+        shifts.append(objective_shift_figure(series))
+    for kind in ("policy", "objective"):
+        if logged(f"capo/batch/{kind}_shift"):
+            shifts.append(batch_figure(series, kind))
+    rejection = []
+    if logged("capo/rejection_rate"):
+        caption = "Share of completion tokens that selection left out of the loss."
+        key = "capo/rejection_rate"
+        rejection.append(signal_figure(series, key, "Rejected tokens", "share of tokens", caption))
+    judged = [
+        (i, one)
+        for i, one in enumerate(series, 1)
+        if any(tables.has_metric([one], key) for key in REASONS)
+    ]
+    rejection += [reason_figure(one, i) for i, one in judged[:MAX_REASON_FIGURES]]
+    curves = (
+        [accuracy_figure(series, target)]
+        if any(len(r.evals) for s in series for r in s.runs)
+        else []
+    )
+    found = [
+        ("accuracy", "Learning curves", curves),
+        ("signals", "Training signals", signals),
+        ("shifts", "Policy and objective shift", shifts),
+        ("rejection", "Rejected tokens", rejection),
+    ]
+    return [entry for entry in found if entry[2]]

@@ -1,0 +1,191 @@
+"""Run directories in, one `Run` each out; everything a crash can leave behind is survivable."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from capo.core.errors import InputError
+
+EVAL_COLUMNS = ("step", "completions", "seconds", "accuracy", "problems", "stderr")
+POSITION_COLUMNS = ("step", "completions", "seconds")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory.
+
+    Attributes:
+        path: the directory.
+        name: ``run.name`` of the config, or the directory's name.
+        config, provenance, status: the JSON files as written (``{}`` where one is missing).
+        metrics: one row per optimizer step, sorted by step; floats, NaN where a value is missing
+            or not finite. Always has the columns ``step``, ``completions``, ``seconds``.
+        evals: one row per evaluation, columns `EVAL_COLUMNS`; accuracy is never NaN.
+        notes: sentences about what is missing or odd, for the reader of the report.
+    """
+
+    path: Path
+    name: str
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+    status: dict[str, Any]
+    metrics: pd.DataFrame
+    evals: pd.DataFrame
+    notes: tuple[str, ...]
+
+    def setting(self, key: str, default: Any = None) -> Any:
+        """The config value at a dotted ``key``, or ``default``."""
+        return lookup(self.config, key, default)
+
+
+def lookup(tree: Any, key: str, default: Any = None) -> Any:
+    """The value at a dotted ``key`` of nested dicts, or ``default`` where a level is missing."""
+    for part in key.split("."):
+        if not isinstance(tree, dict) or part not in tree:
+            return default
+        tree = tree[part]
+    return tree
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read every run directory once, in the order given.
+
+    Raises:
+        InputError: no path, or a path that is no run directory.
+    """
+    if not paths:
+        raise InputError("runs", "give at least one run directory.")
+    unique = {Path(path).resolve(): Path(path) for path in reversed(paths)}
+    return [read_run(path) for path in reversed(unique.values())]
+
+
+def read_run(path: Path) -> Run:
+    """Read one run directory, finished or not.
+
+    Raises:
+        InputError: ``path`` has no readable ``config.json``.
+    """
+    if not path.is_dir():
+        raise InputError("runs", f"{path} is not a directory; give a directory made by capo train.")
+    if not (path / "config.json").is_file():
+        inside = sorted(child.parent.name for child in path.glob("*/config.json"))
+        hint = f" It holds runs, though: {', '.join(inside[:5])}." if inside else ""
+        raise InputError(
+            "runs", f"{path} is no run directory: it must hold the config.json of a run.{hint}"
+        )
+    config = _read_json(path / "config.json")
+    if config is None:
+        raise InputError("runs", f"{path}/config.json must be a JSON object.")
+    notes: list[str] = []
+    metrics = _metrics(path, config, notes)
+    evals = _evals(path, config, notes)
+    status = _read_json(path / "status.json") or {}
+    notes[:0] = _state_notes(status)
+    name = lookup(config, "run.name") or path.resolve().name
+    provenance = _read_json(path / "provenance.json") or {}
+    return Run(path, str(name), config, provenance, status, metrics, evals, tuple(notes))
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; what a killed writer tore is left out and noted."""
+    if not path.is_file():
+        notes.append(f"There is no {path.name}.")
+        return []
+    rows, torn = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if isinstance(value, dict):
+            rows.append(value)
+        else:
+            torn += 1
+    if torn:
+        notes.append(f"{path.name}: {torn} unreadable line{'s' * (torn > 1)} left out.")
+    if not rows:
+        notes.append(f"{path.name} is empty.")
+    return rows
+
+
+def _number(value: Any) -> float:
+    """A JSON value as a float; what is no number (or a bool) is NaN. Infinities stay, for now."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    return float(value)
+
+
+def _frame(rows: list[dict[str, Any]], config: dict[str, Any], required: Sequence[str]) -> Any:
+    """Rows as a float table with the position columns; one row a step, sorted."""
+    table = pd.DataFrame([{k: _number(v) for k, v in row.items()} for row in rows], dtype=float)
+    for column in required:
+        if column not in table:
+            table[column] = np.nan
+    per_step = _number(lookup(config, "training.completions_per_step"))
+    table["completions"] = table["completions"].fillna(table["step"] * per_step)
+    table = table[np.isfinite(table["step"]) & np.isfinite(table["completions"])]
+    return table.drop_duplicates("step", keep="last").sort_values("step").reset_index(drop=True)
+
+
+def _metrics(path: Path, config: dict[str, Any], notes: list[str]) -> Any:
+    rows = _read_lines(path / "metrics.jsonl", notes)
+    table = _frame(rows, config, POSITION_COLUMNS)
+    # A written NaN or infinity is news (a missing key is not): remember it before it is dropped.
+    seen: dict[str, list[int]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                step = _number(row.get("step"))
+                seen.setdefault(key, []).append(int(step) if math.isfinite(step) else -1)
+    for key, steps in seen.items():
+        more = f" and {len(steps) - 5} more" if len(steps) > 5 else ""
+        listed = ", ".join(str(step) for step in steps[:5])
+        notes.append(f"{key} was not finite at step{'s' * (len(steps) > 1)} {listed}{more}.")
+    return table.replace([np.inf, -np.inf], np.nan)
+
+
+def _evals(path: Path, config: dict[str, Any], notes: list[str]) -> Any:
+    table = _frame(_read_lines(path / "evals.jsonl", notes), config, EVAL_COLUMNS)
+    table = table.replace([np.inf, -np.inf], np.nan)
+    known = table["accuracy"].notna()
+    if not known.all():
+        count = int((~known).sum())
+        notes.append(f"evals.jsonl: {count} evaluation{'s' * (count > 1)} without an accuracy.")
+    table = table[known].reset_index(drop=True)
+    accuracy = table["accuracy"].clip(0, 1)
+    binomial = (accuracy * (1 - accuracy) / table["problems"]) ** 0.5
+    table["stderr"] = table["stderr"].fillna(binomial)
+    if len(table) and table["step"].iloc[0] != 0:
+        notes.append("The base policy was not evaluated (no step 0 in evals.jsonl).")
+    return table[list(EVAL_COLUMNS)]
+
+
+def _state_notes(status: dict[str, Any]) -> list[str]:
+    state = status.get("state", "unknown")
+    if state == "finished":
+        return []
+    where = ""
+    if status.get("step") is not None:
+        where = f" at step {status['step']} of {status.get('steps', '?')}"
+    message = f": {status['message']}" if status.get("message") else ""
+    if state == "unknown":
+        return ["There is no status.json: whether the run ended is not known."]
+    return [f"The run {'failed' if state == 'failed' else f'is {state}'}{where}{message}."]

@@ -1,0 +1,144 @@
+"""Tables behind the figures: metrics of runs, thinned over steps, aggregated over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from capo.lab.report.reading import Run
+from capo.lab.report.summary import Series
+
+MAX_POINTS = 300  # a line of more points is drawn as the median and range of so many bins
+
+
+def has_metric(series: Sequence[Series], key: str) -> bool:
+    """Whether any run logged a finite value of ``key``."""
+    return any(_has(run, key) for one in series for run in one.runs)
+
+
+def _has(run: Run, key: str) -> bool:
+    return key in run.metrics and bool(run.metrics[key].notna().any())
+
+
+def signal_table(series: Sequence[Series], key: str) -> Any:
+    """One logged number over training.
+
+    Returns:
+        columns series, completions, step, median, low, high, values: over the seeds at a step, or
+        over the steps of a bin for runs longer than `MAX_POINTS` steps.
+    """
+    tables = []
+    for one in series:
+        pooled = _pool(one, [key])
+        if pooled is None:
+            continue
+        groups = pooled.groupby("bin", sort=True)
+        table = pd.DataFrame(
+            {
+                "completions": groups["completions"].max(),
+                "step": groups["step"].max(),
+                "median": groups[key].median(),
+                "low": groups[key].min(),
+                "high": groups[key].max(),
+                "values": groups[key].count(),
+            }
+        )
+        tables.append(_label(table, one.name))
+    return _stack(tables, ["series", "completions", "step", "median", "low", "high", "values"])
+
+
+def quantile_table(series: Sequence[Series], keys: dict[str, str]) -> Any:
+    """Several logged numbers over training; the median over seeds and bins of each.
+
+    Args:
+        series: what to draw.
+        keys: metric key -> column name.
+    """
+    tables = []
+    for one in series:
+        pooled = _pool(one, list(keys))
+        if pooled is None:
+            continue
+        groups = pooled.groupby("bin", sort=True)
+        columns = {"completions": groups["completions"].max(), "step": groups["step"].max()}
+        # The largest shift of a bin is the largest, not the median of the largest ones.
+        for key, name in keys.items():
+            columns[name] = groups[key].max() if name == "max" else groups[key].median()
+        tables.append(_label(pd.DataFrame(columns), one.name))
+    return _stack(tables, ["series", "completions", "step", *keys.values()])
+
+
+def rejection_table(one: Series, reasons: dict[str, str]) -> Any:
+    """Rejection rate by reason of one series, one row a step and reason (means, so they add up)."""
+    pooled = _pool(one, list(reasons))
+    columns = ["series", "completions", "step", "reason", "rate"]
+    if pooled is None:
+        return pd.DataFrame(columns=columns)
+    means = pooled.groupby("bin", sort=True).mean().rename(columns=reasons)
+    table = means.melt(
+        id_vars=["completions", "step"],
+        value_vars=list(reasons.values()),
+        var_name="reason",
+        value_name="rate",
+    )
+    return _label(table, one.name)[columns]
+
+
+def accuracy_table(series: Sequence[Series]) -> Any:
+    """Accuracy of every evaluation; seeds aggregated as median with range.
+
+    Returns:
+        columns series, completions, step, accuracy, low, high, runs. The band is ± one binomial
+        standard error for a single run and the range over seeds for several.
+    """
+    tables = []
+    for one in series:
+        evals = pd.concat([run.evals for run in one.runs], ignore_index=True)
+        if not len(evals):
+            continue
+        if len(one.runs) == 1:
+            table = evals[["completions", "step", "accuracy"]].copy()
+            stderr = evals["stderr"].fillna(0)
+            table["low"] = (evals["accuracy"] - stderr).clip(lower=0)
+            table["high"] = (evals["accuracy"] + stderr).clip(upper=1)
+            table["runs"] = 1
+        else:
+            groups = evals.groupby("completions", sort=True)
+            table = pd.DataFrame(
+                {
+                    "completions": groups["completions"].first(),
+                    "step": groups["step"].first(),
+                    "accuracy": groups["accuracy"].median(),
+                    "low": groups["accuracy"].min(),
+                    "high": groups["accuracy"].max(),
+                    "runs": groups["accuracy"].count(),
+                }
+            )
+        tables.append(_label(table, one.name))
+    return _stack(tables, ["series", "completions", "step", "accuracy", "low", "high", "runs"])
+
+
+def _pool(one: Series, keys: list[str]) -> Any:
+    """All runs' rows of ``keys`` with a ``bin`` column, or None if no run logged any of them."""
+    runs = [run for run in one.runs if any(_has(run, key) for key in keys)]
+    if not runs:
+        return None
+    tables = [run.metrics.reindex(columns=["step", "completions", *keys]) for run in runs]
+    pooled = pd.concat(tables, ignore_index=True).dropna(subset=keys, how="all")
+    steps = np.sort(pooled["step"].unique())
+    width = -(-len(steps) // MAX_POINTS)
+    pooled["bin"] = np.searchsorted(steps, pooled["step"]) // width
+    return pooled
+
+
+def _label(table: Any, name: str) -> Any:
+    table = table.reset_index(drop=True)
+    table.insert(0, "series", name)
+    return table
+
+
+def _stack(tables: list[Any], columns: list[str]) -> Any:
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
