@@ -93,10 +93,11 @@ class Case:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
         V, d, N = self.vocab, self.dim, len(self.advantages)
-        weight = normal(V, d)
-        if self.doubt is not None:  # rows far apart: every token can be a favourite
-            weight = torch.eye(V, d, dtype=torch.float64) + 0.2 * weight
-        weight = torch.nn.functional.normalize(weight, dim=1)
+        weight = normal(V, d) / d**0.5
+        if self.doubt is not None:  # unit rows, far apart: every token can be a favourite
+            weight = torch.nn.functional.normalize(
+                torch.eye(V, d, dtype=torch.float64) + 0.2 * d**0.5 * weight, dim=1
+            )
         head = oracle.Head(
             weight=weight,
             bias=0.5 * normal(V) if self.bias else None,

@@ -262,6 +262,29 @@ def test_chunk_sizes_do_not_matter(
     assert_same(cut, plain, rtol=1e-9, atol=1e-14)
 
 
+@each_impl
+@examples
+@given(case=cases(), fisher=fishers, top_k=st.integers(1, 5))
+def test_the_truncation_bound_is_never_exceeded(
+    impl: str, case: Case, fisher: str, top_k: int
+) -> None:
+    """What the rows left out could have added, and nothing where none is left out."""
+    batch = case.batch
+    full = curvature(batch, fisher=fisher, impl=impl)
+    assert full.truncation_bound is None
+    assert curvature(batch, MODES[1], impl=impl).truncation_bound is None
+    for k in (top_k, case.vocab):
+        cut = curvature(batch, Mode("cut", k, renormalize=False), fisher=fisher, impl=impl)
+        assert cut.truncation_bound is not None
+        for name in ("s", "variance", "policy_shift", "objective_shift"):
+            bound = getattr(cut.truncation_bound, name)
+            error = (getattr(cut, name) - getattr(full, name)).abs()
+            assert (error <= bound * (1 + 1e-9) + 1e-14).all(), name
+            assert torch.isfinite(bound).all()
+            if k == case.vocab:
+                assert (bound <= 1e-14).all(), name
+
+
 def _options() -> Any:
     from capo.core import statistics
 
