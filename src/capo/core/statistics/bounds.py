@@ -64,8 +64,8 @@ def _adam_column_bounds(step: AdamStep, h: Float[Tensor, "n d"]) -> Float[Tensor
     """``max_k |Δ_kj|`` over any gradient whatever, per column j.
 
     By Cauchy–Schwarz ``|β₁m + (1−β₁)G| ≤ √(β₁²m²/(β₂v) + (1−β₁)²/(1−β₂)) · √(β₂v + (1−β₂)G²)``. Moments
-    with a genuine history have ``m²/v ≤ (1−β₁)²/(1−β₂) Σ_{j<t}(β₁²/β₂)^j``, which gives the constant c of
-    the README; reading the ratio from the moments themselves also covers those without.
+    with a genuine history have ``m²/v ≤ (1−β₁)²/(1−β₂) Σ_{j<t}(β₁²/β₂)^j``, but reading
+    the ratio from the moments themselves also covers those without (README, eq. 14).
     """
     beta1, beta2 = step.betas
     correction1, correction2 = step.bias_corrections

@@ -1,0 +1,109 @@
+"""The step that a real optimizer is about to take on one parameter, without taking it."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from capo.core.errors import InputError
+from capo.core.steps import AdamStep, MomentumStep, SGDStep
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+
+def proposed_step(
+    optimizer: Optimizer, parameter: Float[Tensor, "V d"], grad: Float[Tensor, "V d"] | None = None
+) -> Float[Tensor, "V d"]:
+    """What ``optimizer.step()`` would add to ``parameter``, from its gradient and its state.
+
+    SGD, Adam and AdamW are written out (no copy of the state); any other optimizer, Muon for one, takes
+    its step on a copy of this parameter alone. Nothing is changed.
+
+    Args:
+        optimizer: a ``torch.optim`` optimizer that holds the parameter.
+        parameter: ``[V, d]``, for instance the LM head's weight.
+        grad: gradient to use in place of ``parameter.grad``.
+
+    Returns:
+        ``Δ``, in float32 (float64 for a float64 parameter), for :class:`capo.GivenStep`.
+
+    Raises:
+        InputError: the optimizer does not hold the parameter, or there is no gradient.
+    """
+    group = _group_of(optimizer, parameter)
+    grad = parameter.grad if grad is None else grad
+    if grad is None:
+        raise InputError("parameter", "must have a gradient: call this between backward and step.")
+    if grad.shape != parameter.shape:
+        raise InputError("grad", f"must be {tuple(parameter.shape)}, got {tuple(grad.shape)}.")
+    with torch.no_grad():
+        step = _written_out(type(optimizer), group, optimizer.state.get(parameter, {}))
+        if step is None:
+            return _on_a_copy(optimizer, group, parameter, grad)
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        loss_grad = grad.detach().to(dtype)
+        if group.get("maximize", False):
+            loss_grad = -loss_grad
+        weight = parameter.detach().to(dtype)
+        if type(optimizer) is torch.optim.Adam and group["weight_decay"]:
+            loss_grad = loss_grad + group["weight_decay"] * weight  # coupled, unlike AdamW's
+        return step.of_gradient(loss_grad, weight)
+
+
+def _group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
+    for group in optimizer.param_groups:
+        if any(p is parameter for p in group["params"]):
+            return group
+    raise InputError("parameter", "must be one of the optimizer's parameters.")
+
+
+def _written_out(
+    kind: type, group: dict[str, Any], state: dict[str, Any]
+) -> SGDStep | MomentumStep | AdamStep | None:
+    """The optimizer as a step model, where it is one."""
+    if kind is torch.optim.SGD:
+        lr, decay = float(group["lr"]), group["weight_decay"]
+        if not group["momentum"]:
+            return SGDStep(lr, decay)
+        return MomentumStep(
+            lr,
+            group["momentum"],
+            state.get("momentum_buffer"),
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            weight_decay=decay,
+        )
+    if kind in (torch.optim.Adam, torch.optim.AdamW) and not group["amsgrad"]:
+        decoupled = kind is torch.optim.AdamW or group.get("decoupled_weight_decay", False)
+        return AdamStep(
+            float(group["lr"]),
+            tuple(float(b) for b in group["betas"]),  # type: ignore[arg-type]
+            group["eps"],
+            state.get("exp_avg"),
+            state.get("exp_avg_sq"),
+            int(state.get("step", 0)),
+            weight_decay=group["weight_decay"] if decoupled else 0.0,
+        )
+    return None
+
+
+def _on_a_copy(
+    optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, grad: Tensor
+) -> Tensor:
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    double = parameter.detach().to(dtype).clone().requires_grad_()
+    double.grad = grad.detach().to(dtype).clone()
+    options = {k: v for k, v in group.items() if k not in ("params", "initial_lr")}
+    kind: Any = type(optimizer)
+    twin = kind([{"params": [double], **options}])
+    state = optimizer.state.get(parameter, {})
+    twin.state[double] = {
+        k: v.clone() if isinstance(v, torch.Tensor) else copy.deepcopy(v) for k, v in state.items()
+    }
+    twin.step()
+    return double.detach() - parameter.detach().to(dtype)
