@@ -25,6 +25,7 @@ from capo.lab.tabular_adversary import Search, worst_ratio
 from capo.lab.tabular_bounds import episodic_constants, safe_logit_range
 from capo.lab.tabular_study import (
     SETTINGS,
+    Setting,
     rows_by_kl,
     rows_by_step,
     summarise,
@@ -36,8 +37,19 @@ DISCOUNTS = (0.3, 0.5, 0.9, 0.99)
 HORIZONS = (2, 8, 32)
 
 
-def run_study(mdps: int, seed: int, search: Search | None = None) -> dict[str, Any]:
+def run_study(
+    mdps: int,
+    seed: int,
+    search: Search | None = None,
+    settings: tuple[Setting, ...] = SETTINGS,
+) -> dict[str, Any]:
     """Everything the command writes, as plain data.
+
+    Args:
+        mdps: random MDPs per setting.
+        seed: of everything; setting i uses ``seed + i``.
+        search: effort of the search for the worst case.
+        settings: which forms of the theorem.
 
     Returns:
         ``settings``, ``adversary``, ``vacuous`` (JSON) and ``by_step``, ``by_kl`` (CSV rows).
@@ -46,7 +58,7 @@ def run_study(mdps: int, seed: int, search: Search | None = None) -> dict[str, A
         InputError: ``mdps`` too small.
     """
     summaries, by_step, by_kl = [], [], []
-    for index, setting in enumerate(SETTINGS):
+    for index, setting in enumerate(settings):
         measured = sweep(setting, mdps, seed + index)
         summaries.append(summarise(measured))
         by_step += rows_by_step(measured)

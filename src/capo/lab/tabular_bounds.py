@@ -146,15 +146,15 @@ def kl_divergence(
 ) -> Float[Tensor, "B S"]:
     """``KL(π ‖ π')`` in nats where ``π' ∝ π e^shift``, accurate for small and for large shifts.
 
-    ``log E_π e^ū`` with centred ū: the sum of ``expm1(ū) − ū`` keeps the digits that the difference
-    of two logarithms loses, and the log-sum-exp takes over before anything overflows.
+    ``log E_π e^ū`` with centred ū: the mean of ``expm1(ū) − ū`` keeps the digits that a difference
+    of logarithms loses on confident policies, and the log-sum-exp takes over before it overflows.
     """
     policy = log_policy.exp()
     centred = shift - (policy * shift).sum(-1, keepdim=True)
-    small = centred.clamp(-1, 1)
-    precise = torch.log1p((policy * (torch.expm1(small) - small)).sum(-1))
+    finite = centred.clamp_max(500)
+    precise = torch.log1p((policy * (torch.expm1(finite) - finite)).sum(-1))
     return torch.where(
-        centred.abs().amax(-1) < 1, precise, torch.logsumexp(log_policy + centred, dim=-1)
+        centred.amax(-1) < 500, precise, torch.logsumexp(log_policy + centred, dim=-1)
     )
 
 
