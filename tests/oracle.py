@@ -276,13 +276,31 @@ def judge_token(
 
 
 def judge_group(
-    head: Head, hidden: Tensor, tokens: list[int], advantages: list[float], step: Step
+    head: Head,
+    hidden: Tensor,
+    tokens: list[int],
+    advantages: list[float],
+    step: Step,
+    top_k: int | None = None,
 ) -> list[Judgement]:
-    """A group's tokens under the one step of its mean gradient (full vocabulary).
+    """A group's tokens under the one step of its mean gradient.
 
-    hidden [n, d]. The group's own shift is the mean over the tokens returned.
+    hidden [n, d]. With ``top_k`` every token is a policy over its own kept rows, which is where its
+    gradient lives and where the step of the whole head is judged. The group's own shift is the
+    mean over the tokens returned.
     """
-    members = list(zip(hidden, tokens, advantages, strict=True))
-    gradient = torch.stack([a * score(head, h, t) for h, t, a in members]).mean(0)
+    members = [
+        (h, token, A, kept_rows(head, h, token, top_k))
+        for h, token, A in zip(hidden, tokens, advantages, strict=True)
+    ]
+    gradient = torch.zeros_like(head.weight)
+    for h, _, A, index in members:
+        gradient[index] += A * score(head.rows(index), h, 0) / len(members)
     delta = take_step(step, gradient, head.weight)
-    return [judge_step(head, h, t, a, delta) for h, t, a in members]
+    judged = []
+    for h, token, A, index in members:
+        log_pi = head.log_policy(head.weight, h)
+        entropy = -(log_pi.exp() * log_pi).sum()
+        own = judge_step(head.rows(index), h, 0, A, delta[index])
+        judged.append(replace(own, log_prob=log_pi[token], entropy=entropy))
+    return judged

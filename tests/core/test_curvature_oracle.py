@@ -114,9 +114,10 @@ def test_top_1_is_the_sampled_token_alone(case: Case, renormalize: bool, impl: s
     "name",
     ["sgd", "momentum", "adam", "adamw", "adam-frozen", "sgd-softcap-all", "adam-softcap-all"],
 )
+@pytest.mark.parametrize("mode", MODES[:2], ids=lambda m: m.name)
 @pytest.mark.parametrize("granularity", ["sequence", "batch"])
 def test_groups_share_the_step_of_their_mean_gradient(
-    granularity: str, name: str, fisher: str, impl: str
+    granularity: str, mode: Mode, name: str, fisher: str, impl: str
 ) -> None:
     case = _with_tokens(name, (1.0, -0.7, 2.3, 0.4, -1.1))
     batch, mask = case.batch, torch.tensor([True, True, False, True, True])
@@ -126,6 +127,7 @@ def test_groups_share_the_step_of_their_mean_gradient(
     groups = [[0, 3], [1, 4]] if granularity == "sequence" else [[0, 1, 3, 4]]
     actual = curvature(
         batch,
+        mode,
         hidden=hidden,
         fisher=fisher,
         impl=impl,
@@ -140,6 +142,7 @@ def test_groups_share_the_step_of_their_mean_gradient(
             batch.token_ids[group].tolist(),
             batch.effective[group].tolist(),
             batch.step,
+            mode.top_k,
         )
         for name_, field in (("objective_shift",) * 2, (f"{fisher}_shift", "policy_shift")):
             mean = torch.stack([getattr(j, name_) for j in judged]).mean()

@@ -51,6 +51,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("head_bias", {"head_bias": floats(V + 1)}),
     ("sequence_ids", {"granularity": "sequence", "sequence_ids": torch.zeros(N + 1).long()}),
     ("sequence_ids", {"granularity": "sequence"}),
+    ("renormalize", {"granularity": "batch", "top_k": 2, "renormalize": False}),
     # values
     ("hidden", {"hidden": floats(N, D, first=NAN)}),
     ("hidden", {"hidden": floats(N, D, first=INF)}),
