@@ -15,6 +15,7 @@ from capo.lab.report.style import DASHES
 
 WIDTH, HEIGHT = 760, 300  # of an exported figure, in CSS pixels; the page fits the width itself
 MAIN = "data"  # the dataset of a figure that its CSV holds
+ZERO = "datum.value == 0 ? '0' : datum.label"  # instead of 0e+0
 CROSS = "M-1,-1L1,1M1,-1L-1,1"
 # Eight decades below the largest value, a shift is zero to the eye and to any threshold.
 LOG_DECADES = 8
@@ -94,14 +95,22 @@ def x_axis() -> Any:
     return alt.X(
         "completions:Q",
         title="completions consumed",
-        axis=alt.Axis(format="~s", tickCount=8),
+        axis=alt.Axis(format=",", tickCount=7),
         scale=alt.Scale(nice=False),
     )
 
 
-def series_encodings(names: Sequence[str]) -> dict[str, Any]:
-    """Colour and dash of a series, one merged legend."""
-    legend = alt.Legend(title=None, columns=3)
+def series_encodings(names: Sequence[str], data: pd.DataFrame) -> dict[str, Any]:
+    """Colour and dash of a series, one merged legend of the series that ``data`` holds."""
+    legend = alt.Legend(
+        title=None,
+        columns=3,
+        values=[name for name in names if name in set(data["series"])],
+        symbolType="stroke",
+        symbolOpacity=1,
+        symbolSize=500,
+        symbolStrokeWidth=2.5,
+    )
     dashes = [DASHES[index % len(DASHES)] for index in range(len(names))]
     domain = list(names)
     return {
@@ -114,9 +123,7 @@ def series_encodings(names: Sequence[str]) -> dict[str, Any]:
 
 def shape_encoding(names: Sequence[str]) -> Any:
     """The point shape of a series."""
-    return alt.Shape(
-        "series:N", scale=alt.Scale(domain=list(names)), legend=alt.Legend(title=None, columns=3)
-    )
+    return alt.Shape("series:N", scale=alt.Scale(domain=list(names)), legend=None)
 
 
 def source(name: str = MAIN) -> Any:
@@ -129,7 +136,7 @@ def layered(names: Sequence[str], *layers: Any) -> Any:
     return alt.layer(*layers).add_params(alt.param(name="shown", value=list(names)))
 
 
-def hover_layers(names: Sequence[str], base: Any, y: Any, tooltip: list[Any]) -> list[Any]:
+def hover_layers(color: Any, base: Any, y: Any, tooltip: list[Any]) -> list[Any]:
     """A point that appears, with its tooltip, on the value nearest to the pointer."""
     nearest = alt.selection_point(
         name="nearest",
@@ -139,7 +146,6 @@ def hover_layers(names: Sequence[str], base: Any, y: Any, tooltip: list[Any]) ->
         fields=["series", "completions"],
         empty=False,
     )
-    color = series_encodings(names)["color"]
     points = base.mark_point(filled=True, size=70).encode(
         x=x_axis(),
         y=y,
@@ -154,10 +160,10 @@ def rule_layers(name: str, value: str = "value") -> list[Any]:
     """Dashed horizontal lines with their labels at the right end, from the dataset ``name``."""
     base = alt.Chart(alt.NamedData(name=name))
     rule = base.mark_rule(strokeDash=[4, 4], strokeWidth=1).encode(y=f"{value}:Q")
-    text = base.mark_text(align="right", baseline="bottom", dx=-2, dy=-3, fontSize=11).encode(
-        x=alt.value("width"), y=f"{value}:Q", text="label:N"
-    )
-    return [rule, text]
+    place = {"align": "right", "baseline": "bottom", "dx": -2, "dy": -4, "fontSize": 11}
+    words = {"x": alt.value("width"), "y": f"{value}:Q", "text": "label:N"}
+    halo = base.mark_text(**place, style="halo").encode(**words)
+    return [rule, halo, base.mark_text(**place).encode(**words)]
 
 
 def tooltips(*fields: tuple[str, str, str]) -> list[Any]:
@@ -201,8 +207,13 @@ def symlog_y(table: pd.DataFrame, columns: Sequence[str], column: str, title: st
     top = math.ceil(math.log10(values.max())) if values.size else 0
     low = math.floor(math.log10(np.quantile(values, 0.1))) if values.size else -3
     low = min(max(low, top - 5), top - 1)
-    decades = range(low, top + 1, 1 if top - low <= 4 else 2)
+    # Not the first decade: it is half linear, and its label would touch that of zero.
+    decades = (
+        range(top - (top - low - 1) // 2 * 2, top + 1, 2)
+        if top - low > 3
+        else range(low + 1, top + 1)
+    )
     ticks = [-(10.0**k) for k in reversed(decades)] + [0.0] + [10.0**k for k in decades]
-    axis = alt.Axis(values=ticks, format="~e", labelExpr="datum.value == 0 ? '0' : datum.label")
+    axis = alt.Axis(values=ticks, format="~e", labelExpr=ZERO, labelOverlap=False)
     scale = alt.Scale(type="symlog", constant=10.0**low, nice=False)
     return alt.Y(f"{column}:Q", title=title, scale=scale, axis=axis)

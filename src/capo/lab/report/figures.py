@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import altair as alt
@@ -12,30 +13,48 @@ from capo.lab.report import charts
 from capo.lab.report import series as tables
 from capo.lab.report.charts import POSITION_TIPS, Figure
 from capo.lab.report.style import REASON_COLORS
-from capo.lab.report.summary import Series
+from capo.lab.report.summary import Series, selects
 from capo.lab.report.thresholds import thresholds_of
 
-# metric, title, unit on the axis, caption
+
+@dataclass(frozen=True)
+class Signal:
+    """A logged number worth a figure of its own."""
+
+    key: str
+    title: str
+    unit: str
+    caption: str
+    axis_format: str = "~g"
+    zero: bool = False
+
+
 SIGNALS = (
-    ("reward", "Training reward", "mean reward", "Mean reward of the completions of each step."),
-    ("entropy", "Entropy", "nats a token", "Mean entropy of the policy over completion tokens."),
-    ("grad_norm", "Gradient norm", "norm before clipping", "Before clipping."),
-    ("kl", "KL to the reference", "nats a token", "As logged by the trainer."),
-    (
-        "completions/mean_length",
-        "Completion length",
-        "tokens",
-        "Mean number of tokens of a completion.",
+    Signal("reward", "Training reward", "mean reward", "Mean reward of a step's completions."),
+    Signal("entropy", "Entropy", "nats a token", "Of the policy, mean over completion tokens."),
+    Signal(
+        "grad_norm",
+        "Gradient norm",
+        "norm",
+        "Norm of the whole gradient of a step, before it is clipped.",
+        zero=True,
     ),
-    ("learning_rate", "Learning rate", "learning rate", "As scheduled."),
+    Signal("kl", "KL to the reference policy", "nats a token", "As the trainer estimates it."),
+    Signal(
+        "completions/mean_length", "Completion length", "tokens", "Mean over a step's completions."
+    ),
+    Signal("learning_rate", "Learning rate", "learning rate", "As scheduled.", "~e", zero=True),
+)
+REJECTION = Signal(
+    "capo/rejection_rate",
+    "Rejected tokens",
+    "share of tokens",
+    "Share of a step's completion tokens that selection left out of the loss.",
+    "~%",
+    zero=True,
 )
 POLICY_SHIFT = {f"capo/policy_shift/{name}": name for name in ("p50", "p90", "p99", "max")}
 OBJECTIVE_SHIFT = {f"capo/objective_shift/{name}": name for name in ("p01", "p50", "p99")}
-REASONS = {
-    "capo/rejection_rate/policy_shift": "policy shift too large",
-    "capo/rejection_rate/objective_low": "objective shift too low",
-    "capo/rejection_rate/objective_high": "objective shift too high",
-}
 MAX_REASON_FIGURES = 6
 
 
@@ -57,7 +76,7 @@ def accuracy_figure(series: Sequence[Series], target: float) -> Figure:
     collapse = pd.DataFrame(fallen, columns=["series", "completions", "accuracy", "run"])
     rules = pd.DataFrame([{"value": target, "label": f"target {target:g}"}])
     y = alt.Y("accuracy:Q", title="accuracy", scale=alt.Scale(domain=[0, 1]))
-    base, look = charts.source(), charts.series_encodings(names)
+    base, look = charts.source(), charts.series_encodings(names, data)
     band = base.mark_area(opacity=0.18, line=False).encode(
         x=charts.x_axis(), y=alt.Y("low:Q", title="accuracy"), y2="high:Q", color=look["color"]
     )
@@ -103,25 +122,34 @@ def accuracy_figure(series: Sequence[Series], target: float) -> Figure:
 
 
 def signal_figure(
-    series: Sequence[Series], key: str, title: str, unit: str, caption: str
+    series: Sequence[Series], signal: Signal, only: Sequence[str] | None = None
 ) -> Figure:
-    """One logged number: median line, range over seeds (or over the steps of a bin) as a band."""
+    """One logged number: median line, range over seeds (or over the steps of a bin) as a band.
+
+    ``only`` names the series to draw; the others keep their colours for the next figure.
+    """
     names = [one.name for one in series]
-    data = tables.signal_table(series, key)
-    base, look = charts.source(), charts.series_encodings(names)
-    y = alt.Y("median:Q", title=unit, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))
+    drawn = [one for one in series if only is None or one.name in only]
+    data = tables.signal_table(drawn, signal.key)
+    base, look = charts.source(), charts.series_encodings(names, data)
+    scale = alt.Scale(zero=signal.zero)
+    axis = alt.Axis(tickCount=5, format=signal.axis_format, labelExpr=charts.ZERO)
+    y = alt.Y("median:Q", title=signal.unit, scale=scale, axis=axis)
     layers = []
     if (data["values"] > 1).any():
         layers.append(
             base.mark_area(opacity=0.18).encode(
-                x=charts.x_axis(), y=alt.Y("low:Q", title=unit), y2="high:Q", color=look["color"]
+                x=charts.x_axis(),
+                y=alt.Y("low:Q", title=signal.unit, scale=scale),
+                y2="high:Q",
+                color=look["color"],
             )
         )
     layers.append(base.mark_line(strokeWidth=1.8).encode(x=charts.x_axis(), y=y, **look))
-    tips = charts.tooltips(("median", title.lower(), ".4~g"), *POSITION_TIPS)
-    layers += charts.hover_layers(names, base, y, tips)
-    slug = key.removeprefix("capo/").replace("/", "-").replace("_", "-")
-    return Figure(slug, title, caption, charts.layered(names, *layers), data)
+    tips = charts.tooltips(("median", signal.title.lower(), ".4~g"), *POSITION_TIPS)
+    layers += charts.hover_layers(look["color"], base, y, tips)
+    slug = signal.key.removeprefix("capo/").replace("/", "-").replace("_", "-")
+    return Figure(slug, signal.title, signal.caption, charts.layered(names, *layers), data)
 
 
 def policy_shift_figure(series: Sequence[Series]) -> Figure:
@@ -130,7 +158,10 @@ def policy_shift_figure(series: Sequence[Series]) -> Figure:
     columns = list(POLICY_SHIFT.values())
     data = tables.quantile_table(series, POLICY_SHIFT)
     floor = charts.log_floor(data, columns)
-    base, look = charts.clamped(charts.source(), columns, floor), charts.series_encodings(names)
+    base, look = (
+        charts.clamped(charts.source(), columns, floor),
+        charts.series_encodings(names, data),
+    )
 
     def y(column: str) -> Any:
         return charts.log_y(f"{column}_", "policy shift m_F (nats)", floor)
@@ -143,7 +174,7 @@ def policy_shift_figure(series: Sequence[Series]) -> Figure:
     ]
     layers.append(base.mark_line(strokeWidth=2).encode(x=charts.x_axis(), y=y("p99"), **look))
     tips = charts.tooltips(*((c, c, ".2e") for c in reversed(columns)), *POSITION_TIPS)
-    layers += charts.hover_layers(names, base, y("p99"), tips)
+    layers += charts.hover_layers(look["color"], base, y("p99"), tips)
     rules = pd.DataFrame(
         [
             {"value": limit.policy_shift, "label": f"δ_F = {limit.policy_shift:g} ({name})"}
@@ -171,7 +202,7 @@ def objective_shift_figure(series: Sequence[Series]) -> Figure:
     names = [one.name for one in series]
     columns = list(OBJECTIVE_SHIFT.values())
     data = tables.quantile_table(series, OBJECTIVE_SHIFT)
-    base, look = charts.source(), charts.series_encodings(names)
+    base, look = charts.source(), charts.series_encodings(names, data)
     limits = [
         {"value": bound, "label": f"δ_H = {bound:g} ({name})"}
         for name, limit in thresholds_of(series).items()
@@ -189,7 +220,7 @@ def objective_shift_figure(series: Sequence[Series]) -> Figure:
         base.mark_line(strokeWidth=2).encode(x=charts.x_axis(), y=y("p50"), **look),
     ]
     tips = charts.tooltips(*((c, c, ".2e") for c in reversed(columns)), *POSITION_TIPS)
-    layers += charts.hover_layers(names, base, y("p50"), tips)
+    layers += charts.hover_layers(look["color"], base, y("p50"), tips)
     rules = pd.DataFrame(limits, columns=["value", "label"])
     if limits:
         layers += charts.rule_layers("rules")
@@ -211,7 +242,7 @@ def batch_figure(series: Sequence[Series], kind: str) -> Figure:
     data = tables.signal_table(series, f"capo/batch/{kind}_shift")
     symbol = "m_F" if kind == "policy" else "m_H"
     title, columns = f"Batch-level {kind} shift", ["low", "median", "high"]
-    base, look = charts.source(), charts.series_encodings(names)
+    base, look = charts.source(), charts.series_encodings(names, data)
     if kind == "policy":
         floor = charts.log_floor(data, columns)
         base = charts.clamped(base, columns, floor)
@@ -220,40 +251,43 @@ def batch_figure(series: Sequence[Series], kind: str) -> Figure:
         y = charts.symlog_y(data, columns, "median", symbol)
     line = base.mark_line(strokeWidth=1.8).encode(x=charts.x_axis(), y=y, **look)
     tips = charts.tooltips(("median", symbol, ".2e"), *POSITION_TIPS)
-    layers = [line, *charts.hover_layers(names, base, y, tips)]
+    layers = [line, *charts.hover_layers(look["color"], base, y, tips)]
     caption = f"{symbol} of the whole batch's step of the LM head, as the last-layer model sees it."
     return Figure(f"batch-{kind}-shift", title, caption, charts.layered(names, *layers), data)
 
 
 def reason_figure(one: Series, index: int) -> Figure:
     """Rejection rate of one series, stacked by reason."""
-    data = tables.rejection_table(one, REASONS)
-    reasons = list(REASONS.values())
-    area = (
-        alt.Chart(alt.NamedData(name=charts.MAIN))
-        .mark_area()
-        .encode(
-            x=charts.x_axis(),
-            y=alt.Y("rate:Q", stack="zero", title="share of tokens", axis=alt.Axis(format="%")),
-            color=alt.Color(
-                "reason:N",
-                scale=alt.Scale(domain=reasons, range=list(REASON_COLORS)),
-                legend=alt.Legend(title=None, columns=1, symbolType="square"),
-            ),
-            order=alt.Order("reason_order:Q"),
-            tooltip=[
-                alt.Tooltip("reason:N"),
-                alt.Tooltip("rate:Q", title="rate", format=".2%"),
-                alt.Tooltip("completions:Q", format=","),
-                alt.Tooltip("step:Q"),
-            ],
-        )
-        .transform_calculate(reason_order=f"indexof({reasons!r}, datum.reason)")
+    data = tables.rejection_table(one)
+    reasons = list(dict.fromkeys(data["reason"]))
+    color = alt.Color(
+        "reason:N",
+        scale=alt.Scale(domain=reasons, range=list(REASON_COLORS)),
+        legend=alt.Legend(title=None, columns=1, symbolType="square"),
     )
-    caption = "Share of completion tokens rejected; a token counts under its first reason."
-    chart = charts.layered([one.name], area)
-    title = f"Rejected tokens by reason: {one.name}"
-    return Figure(f"rejection-{index}", title, caption, chart, data, series_legend=False)
+    tips = [
+        alt.Tooltip("reason:N"),
+        alt.Tooltip("rate:Q", title="rate", format=".2%"),
+        alt.Tooltip("completions:Q", format=","),
+        alt.Tooltip("step:Q"),
+    ]
+    share = alt.Y("rate:Q", stack="zero", title="share of tokens", axis=alt.Axis(format="~%"))
+    base = alt.Chart(alt.NamedData(name=charts.MAIN))
+    area = (
+        base.mark_area()
+        .encode(
+            x=charts.x_axis(), y=share, color=color, order=alt.Order("position:Q"), tooltip=tips
+        )
+        .transform_calculate(position=f"indexof({reasons!r}, datum.reason)")
+    )
+    return Figure(
+        f"rejection-by-reason-{index}",
+        f"Rejected tokens by reason: {one.name}",
+        "Share of a step's completion tokens; a token counts once, under its first reason.",
+        charts.layered([one.name], area),
+        data,
+        series_legend=False,
+    )
 
 
 def sections(series: Sequence[Series], target: float) -> list[tuple[str, str, list[Figure]]]:
@@ -262,33 +296,32 @@ def sections(series: Sequence[Series], target: float) -> list[tuple[str, str, li
     def logged(key: str) -> bool:
         return tables.has_metric(series, key)
 
-    signals = [signal_figure(series, *entry) for entry in SIGNALS if logged(entry[0])]
+    curves = [accuracy_figure(series, target)] if any(_evaluated(one) for one in series) else []
     shifts = [policy_shift_figure(series)] if any(map(logged, POLICY_SHIFT)) else []
     if any(map(logged, OBJECTIVE_SHIFT)):
         shifts.append(objective_shift_figure(series))
     for kind in ("policy", "objective"):
         if logged(f"capo/batch/{kind}_shift"):
             shifts.append(batch_figure(series, kind))
+    # A run whose tokens are only watched rejects none, by its nature: no line at zero for it.
+    selecting = [(i, one) for i, one in enumerate(series, 1) if any(map(selects, one.runs))]
     rejection = []
-    if logged("capo/rejection_rate"):
-        caption = "Share of completion tokens that selection left out of the loss."
-        key = "capo/rejection_rate"
-        rejection.append(signal_figure(series, key, "Rejected tokens", "share of tokens", caption))
-    judged = [
-        (i, one)
-        for i, one in enumerate(series, 1)
-        if any(tables.has_metric([one], key) for key in REASONS)
-    ]
+    if tables.has_metric([one for _, one in selecting], REJECTION.key):
+        rejection.append(signal_figure(series, REJECTION, [one.name for _, one in selecting]))
+    judged = [(i, one) for i, one in selecting if len(tables.rejection_table(one))]
     rejection += [reason_figure(one, i) for i, one in judged[:MAX_REASON_FIGURES]]
-    curves = (
-        [accuracy_figure(series, target)]
-        if any(len(r.evals) for s in series for r in s.runs)
-        else []
-    )
     found = [
-        ("accuracy", "Learning curves", curves),
-        ("signals", "Training signals", signals),
+        ("curves", "Learning curves", curves),
+        (
+            "signals",
+            "Training signals",
+            [signal_figure(series, s) for s in SIGNALS if logged(s.key)],
+        ),
         ("shifts", "Policy and objective shift", shifts),
         ("rejection", "Rejected tokens", rejection),
     ]
     return [entry for entry in found if entry[2]]
+
+
+def _evaluated(one: Series) -> bool:
+    return any(len(run.evals) for run in one.runs)

@@ -103,7 +103,8 @@ def _render(
         sections=sections,
         runs=found,
         notes=[(run.name, note) for run in found for note in run.notes],
-        offenders=[(run, worst_offenders(run)) for run in found],
+        offenders=[(run, tokens) for run in found if (tokens := worst_offenders(run)).offenders],
+        unrecorded=[run.name for run in found if not (run.path / "tokens").is_dir()],
         difference=rows.config_difference(found),
         provenance=[rows.provenance_row(run) for run in found],
         pretty=rows.pretty,
@@ -128,7 +129,7 @@ def _script_json(value: Any) -> Markup:
 
 def _bundle() -> Markup:
     """Vega, Vega-Lite and vega-embed, once for the whole page."""
-    code: str = vl_convert.javascript_bundle(vl_version=VEGA_LITE)
+    code: str = vl_convert.javascript_bundle(vl_version=VEGA_LITE)  # type: ignore[call-arg]  # its stub forgets the default
     return Markup(re.sub(r"</(?=script)", r"<\\/", code, flags=re.IGNORECASE))
 
 
@@ -138,9 +139,8 @@ def _export(drawn: list[Figure], folder: Path) -> None:
     config = {**vega_config(dark=False), "background": "white"}
     for figure in drawn:
         spec = figure.spec(page=False)
-        options = {"vl_version": VEGA_LITE, "config": config}
         figure.data.to_csv(folder / f"{figure.slug}.csv", index=False)
-        svg = vl_convert.vegalite_to_svg(spec, **options)
+        svg = vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE, config=config)
         (folder / f"{figure.slug}.svg").write_text(svg, encoding="utf-8")
         png = vl_convert.svg_to_png(svg, scale=EXPORT_SCALE)
         (folder / f"{figure.slug}.png").write_bytes(png)

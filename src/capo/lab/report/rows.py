@@ -16,6 +16,14 @@ DASH = "—"
 
 
 @dataclass(frozen=True)
+class Cell:
+    """A number as text, and what belongs to it in smaller print."""
+
+    text: str = DASH
+    aside: str = ""
+
+
+@dataclass(frozen=True)
 class Row:
     """One row of the summary table; ``kind`` is single, series (of several seeds) or seed."""
 
@@ -25,15 +33,15 @@ class Row:
     algorithm: str
     learning_rate: str
     batch: str
-    base: str
-    best: str
-    final: str
-    to_target: str
+    base: Cell
+    best: Cell
+    final: Cell
+    to_target: Cell
     collapsed: str
     fell: bool
-    rejection: str
-    completions: str
-    wall: str
+    rejection: Cell
+    completions: Cell
+    wall: Cell
     state: str
 
 
@@ -52,7 +60,7 @@ def summary_rows(series: Sequence[Series]) -> list[Row]:
 
 def _run_row(summary: Summary, kind: str, index: int, name: str) -> Row:
     at = summary.collapsed_at
-    verdict = f"yes, at {at.completions:,.0f}" if at else ("no" if summary.final else DASH)
+    verdict = f"at {at.completions:,.0f}" if at else "no"
     return Row(
         kind=kind,
         index=index,
@@ -63,12 +71,12 @@ def _run_row(summary: Summary, kind: str, index: int, name: str) -> Row:
         base=_estimate(summary.base),
         best=_estimate(summary.best),
         final=_estimate(summary.final),
-        to_target=_completions(summary.completions_to_target),
+        to_target=Cell(_completions(summary.completions_to_target)),
         collapsed=DASH if summary.collapsed is None else verdict,
         fell=bool(summary.collapsed),
         rejection=_rejection([summary]),
-        completions=f"{summary.completions:,.0f}",
-        wall=duration(summary.seconds),
+        completions=Cell(f"{summary.completions:,.0f}"),
+        wall=Cell(duration(summary.seconds)),
         state=str(summary.run.status.get("state", "unknown")),
     )
 
@@ -91,29 +99,29 @@ def _series_row(one: Series, index: int) -> Row:
         base=_spread([s.base for s in members]),
         best=_spread([s.best for s in members]),
         final=_spread([s.final for s in members]),
-        to_target=f"{_completions(middle(targets)[0])} ({reached} of {len(targets)})",
+        to_target=Cell(_completions(middle(targets)[0]), f"{reached} of {len(targets)} reached it"),
         collapsed=f"{fallen} of {len(judged)}" if judged else DASH,
         fell=fallen > 0,
         rejection=_rejection(members),
-        completions=f"{sum(s.completions for s in members):,.0f} in all",
-        wall=duration(sum(s.seconds or 0.0 for s in members) or None) + " in all",
+        completions=Cell(f"{sum(s.completions for s in members):,.0f}", "in all"),
+        wall=Cell(duration(sum(s.seconds or 0.0 for s in members) or None), "in all"),
         state="",
     )
 
 
-def _estimate(value: Estimate | None) -> str:
+def _estimate(value: Estimate | None) -> Cell:
     if value is None:
-        return DASH
-    error = f" ± {value.stderr:.3f}" if math.isfinite(value.stderr) else ""
-    return f"{value.accuracy:.3f}{error}"
+        return Cell()
+    error = f"± {value.stderr:.3f}" if math.isfinite(value.stderr) else ""
+    return Cell(f"{value.accuracy:.3f}", error)
 
 
-def _spread(values: Sequence[Estimate | None]) -> str:
+def _spread(values: Sequence[Estimate | None]) -> Cell:
     known = [value.accuracy for value in values if value]
     if not known:
-        return DASH
+        return Cell()
     mid, low, high = middle(known)
-    return f"{mid:.3f} ({low:.3f}–{high:.3f})"
+    return Cell(f"{mid:.3f}", f"{low:.3f} – {high:.3f}")
 
 
 def _completions(value: float | None) -> str:
@@ -122,16 +130,19 @@ def _completions(value: float | None) -> str:
 
 def _number(value: Any) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
+        if value and abs(value) < 1e-3:
+            mantissa, exponent = f"{value:e}".split("e")
+            return f"{float(mantissa):g}e{int(exponent)}"
         return f"{value:g}"
     return DASH if value is None else str(value)
 
 
-def _rejection(members: Sequence[Summary]) -> str:
+def _rejection(members: Sequence[Summary]) -> Cell:
     means = [s.rejection_mean for s in members if s.rejection_mean is not None]
     peaks = [s.rejection_peak for s in members if s.rejection_peak is not None]
     if not means:
-        return DASH
-    return f"{sum(means) / len(means):.1%} (peak {max(peaks):.1%})"
+        return Cell()
+    return Cell(f"{sum(means) / len(means):.1%}", f"peak {max(peaks):.1%}")
 
 
 def duration(seconds: float | None) -> str:
@@ -172,7 +183,7 @@ class Provenance:
     """Where a run came from, as text."""
 
     name: str
-    path: str
+    directory: str
     commit: str
     dirty: bool
     started: str
@@ -192,7 +203,7 @@ def provenance_row(run: Run) -> Provenance:
     version = source.get("capo_version")
     return Provenance(
         name=run.name,
-        path=str(run.path),
+        directory=run.path.resolve().name,
         commit=str(source.get("git_commit") or DASH),
         dirty=bool(source.get("git_dirty")),
         started=str(source.get("started") or DASH).replace("T", " ", 1),

@@ -11,6 +11,13 @@ import pandas as pd
 from capo.lab.report.reading import Run
 from capo.lab.report.summary import Series
 
+REJECTION_BY = "capo/rejection_rate/"
+REASON_WORDS = {
+    "policy_shift": "policy shift too large",
+    "objective_low": "objective shift too low",
+    "objective_high": "objective shift too high",
+    "budget": "batch over its budget",
+}
 MAX_POINTS = 300  # a line of more points is drawn as the median and range of so many bins
 
 
@@ -71,10 +78,19 @@ def quantile_table(series: Sequence[Series], keys: dict[str, str]) -> Any:
     return _stack(tables, ["series", "completions", "step", *keys.values()])
 
 
-def rejection_table(one: Series, reasons: dict[str, str]) -> Any:
-    """Rejection rate by reason of one series, one row a step and reason (means, so they add up)."""
-    pooled = _pool(one, list(reasons))
+def rejection_table(one: Series) -> Any:
+    """Rejection rate by reason of one series (means, so that they add up).
+
+    Returns:
+        columns series, completions, step, reason, rate; one row a step (or bin) and reason.
+    """
     columns = ["series", "completions", "step", "reason", "rate"]
+    # The reasons that runs logged, so that a new rule's reason needs no word here to be drawn.
+    logged = {
+        key for run in one.runs for key in map(str, run.metrics) if key.startswith(REJECTION_BY)
+    }
+    reasons = {key: reason_words(key.removeprefix(REJECTION_BY)) for key in _ordered(logged)}
+    pooled = _pool(one, list(reasons)) if reasons else None
     if pooled is None:
         return pd.DataFrame(columns=columns)
     means = pooled.groupby("bin", sort=True).mean().rename(columns=reasons)
@@ -85,6 +101,16 @@ def rejection_table(one: Series, reasons: dict[str, str]) -> Any:
         value_name="rate",
     )
     return _label(table, one.name)[columns]
+
+
+def reason_words(label: str) -> str:
+    """A reason's label in metrics, in words."""
+    return REASON_WORDS.get(label, label.replace("_", " "))
+
+
+def _ordered(keys: set[str]) -> list[str]:
+    known = [REJECTION_BY + label for label in REASON_WORDS]
+    return [key for key in known if key in keys] + sorted(keys - set(known))
 
 
 def accuracy_table(series: Sequence[Series]) -> Any:

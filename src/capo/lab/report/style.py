@@ -15,7 +15,7 @@ DARK_SERIES = ("#56A9E8", "#FF8A4C", "#2FC79A", "#E79CC8", "#F0C04A", "#A5DBF7",
 DASHES = ([1, 0], [7, 3], [2, 2], [8, 3, 2, 3], [12, 4], [4, 2, 1, 2])
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")
 # Reasons are told by lightness (one hue), so that they never look like a series.
-REASON_COLORS = ("#4B3B8F", "#8E7CC9", "#CFC5EE")
+REASON_COLORS = ("#4B3B8F", "#8E7CC9", "#CFC5EE", "#6E6A7C", "#B9B6C2")
 FONT = 'Inter, "Segoe UI", "Helvetica Neue", "Liberation Sans", Arial, sans-serif'
 
 
@@ -81,4 +81,6 @@ def vega_config(dark: bool) -> dict[str, Any]:
         },
         "text": {"color": soft, "fontSize": 12},
         "rule": {"color": soft},
+        # Behind a label that crosses lines.
+        "style": {"halo": {"stroke": "#191E24" if dark else "#FFFFFF", "strokeWidth": 4}},
     }

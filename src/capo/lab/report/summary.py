@@ -70,11 +70,24 @@ def algorithm_name(run: Run) -> str:
     base = str(run.setting("algorithm.name", "unknown"))
     selection = run.setting("capo.selection")
     shown = ALGORITHMS.get(base, base)
-    if selection is None:
+    if not selects(run):
         return shown
     if not isinstance(selection, str):
         return f"{shown} + own thresholds"
     return SELECTED.get((base, selection), f"{shown} + {selection} thresholds")
+
+
+def selects(run: Run) -> bool:
+    """Whether the run leaves tokens out at all; to watch them is not to select."""
+    selection = run.setting("capo.selection")
+    if isinstance(selection, dict):
+        return any(_bounds(selection))
+    return selection is not None
+
+
+def _bounds(selection: dict[str, Any]) -> list[bool]:
+    bounds = [selection.get("policy_shift"), *(selection.get("objective_shift") or ())]
+    return [bound is not None for bound in bounds]
 
 
 def collapse_of(run: Run) -> tuple[bool | None, Estimate | None]:
@@ -134,7 +147,7 @@ def _estimates(run: Run) -> list[Estimate]:
 
 def _rejection(run: Run) -> tuple[float | None, float | None]:
     """Mean over tokens (over steps where tokens were not counted) and largest of a step."""
-    if "capo/rejection_rate" not in run.metrics:
+    if not selects(run) or "capo/rejection_rate" not in run.metrics:
         return None, None
     table = run.metrics[run.metrics["capo/rejection_rate"].notna()]
     if not len(table):

@@ -23,10 +23,10 @@ def limits_of(run: Run) -> Limits | None:
     """The thresholds of a run's config, or None where it selects nothing (or unknowably)."""
     selection: Any = run.setting("capo.selection")
     if isinstance(selection, str):
-        named = getattr(capo, "PAPER_THRESHOLDS", {}).get(selection)
+        named = capo.PAPER_THRESHOLDS.get(selection)
         if named is None:
             return None
-        return Limits(named.policy_shift, tuple(named.objective_shift))
+        return Limits(named.policy_shift, named.objective_shift)
     if not isinstance(selection, dict):
         return None
     low, high = (*(selection.get("objective_shift") or ()), None, None)[:2]

@@ -13,17 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from capo import Reason
 from capo.lab.report.reading import Run
+from capo.lab.report.series import reason_words
 
 OFFENDERS = 25  # rows of the table, per run
 CONTEXT = 24  # tokens shown on either side
-VERDICTS = {
-    -1: "masked",
-    0: "kept",
-    1: "policy shift too large",
-    2: "objective shift too low",
-    3: "objective shift too high",
-}
+VERDICTS = {int(one): reason_words(one.label) for one in Reason}
 NEEDED = ("offsets", "token_ids", "policy_shift")
 
 
@@ -33,6 +29,7 @@ class Offender:
 
     step: int
     text: str
+    prompt: str
     before: str
     after: str
     probability: float | None
@@ -53,8 +50,8 @@ class TokenSummary:
     unreadable: int
 
 
-def worst_offenders(run: Run, count: int = OFFENDERS) -> TokenSummary | None:
-    """The ``count`` tokens of highest policy shift, or None if the run kept no records."""
+def worst_offenders(run: Run, count: int = OFFENDERS) -> TokenSummary:
+    """The ``count`` tokens of highest policy shift; none of them if the run kept no records."""
     heap: list[tuple[float, int, int]] = []  # policy shift, -file, -position: earliest wins a tie
     files = sorted((run.path / "tokens").glob("step-*.npz"))
     tokens = unreadable = 0
@@ -69,8 +66,6 @@ def worst_offenders(run: Run, count: int = OFFENDERS) -> TokenSummary | None:
             heapq.heappush(heap, (float(shift[position]), -number, -int(position)))
             if len(heap) > count:
                 heapq.heappop(heap)
-    if not files:
-        return None
     vocabulary = _vocabulary(run.path / "tokens" / "vocab.json")
     chosen = sorted(heap, reverse=True)
     return TokenSummary(
@@ -124,6 +119,7 @@ def _describe(
         yield Offender(
             step=_step_of(files[number]),
             text=visible(texts[here]),
+            prompt="" if cut_left else _prompt(arrays, sequence, vocabulary),
             before="…" * cut_left + visible("".join(texts[max(0, here - CONTEXT) : here])),
             after=visible("".join(texts[here + 1 : here + 1 + CONTEXT])) + "…" * cut_right,
             probability=None if log_prob is None else float(np.exp(log_prob)),
@@ -131,8 +127,19 @@ def _describe(
             objective_shift=_value(arrays, "objective_shift", position),
             policy_shift=shift,
             verdict="not recorded" if reason is None else VERDICTS.get(int(reason), f"{reason:g}"),
-            kept=reason == 0,
+            kept=reason == Reason.KEPT,
         )
+
+
+def _prompt(arrays: dict[str, Any], sequence: int, vocabulary: dict[int, str]) -> str:
+    """The end of the prompt that the completion answers, if prompts were recorded."""
+    offsets = arrays.get("prompt_offsets", np.empty(0))
+    if "prompt_ids" not in arrays or offsets.size < sequence + 2:
+        return ""
+    start, end = int(offsets[sequence]), int(offsets[sequence + 1])
+    ids = [int(token) for token in arrays["prompt_ids"][max(start, end - CONTEXT) : end]]
+    text = "".join(vocabulary.get(token, f"⟨{token}⟩") for token in ids)
+    return "…" * (end - start > CONTEXT) + visible(text)
 
 
 def _value(arrays: dict[str, Any], name: str, position: int) -> float | None:
