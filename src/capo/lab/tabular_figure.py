@@ -37,7 +37,7 @@ def save_figure(
     )
     paths = [output / "theorem.svg", output / "theorem.png"]
     figure.save(str(paths[0]))
-    figure.save(str(paths[1]), ppi=150)
+    figure.save(str(paths[1]), ppi=110)
     return paths
 
 
