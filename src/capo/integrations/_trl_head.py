@@ -78,7 +78,7 @@ def read_head(model: nn.Module, temperature: float) -> LMHead:
         raise InputError(
             "model",
             f"the LM head of {type(policy).__name__} has no [vocabulary, hidden] weight to read; "
-            "CAPO needs an unsharded linear head",
+            "CAPO needs an unsharded linear head.",
         )
     scale, softcap = _logit_transform(policy.config.get_text_config())
     return LMHead(weight, getattr(head, "bias", None), scale, softcap, temperature)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+SMALL_VOCABULARY = 4096
+
+
 @dataclass(frozen=True)
 class TokenRecord:
     """What was judged and decided in one micro-batch. All tensors are on the CPU.
@@ -138,7 +141,7 @@ class Judge:
             hidden=policy_pass.hidden,
             token_ids=policy_pass.token_ids,
             loss_gradient=accepted,
-            mask=policy_pass.mask,
+            curvature=curvature,
             top_k=self.options["top_k"],
         )
         return Verdict(curvature, selection, weights, *batch_shifts)
@@ -155,8 +158,10 @@ class Judge:
         The step is the optimizer's for the gated gradient of this micro-batch (which stands in for
         the whole batch where gradients are accumulated), before gradient clipping. The policy shift
         is the mean over all tokens that count, rejected ones included: they move too. The objective
-        shift is the predicted decrease of the loss.
+        shift is the predicted decrease of the loss. Small vocabularies are summed in full, which
+        costs less than looking for each token's likeliest rows.
         """
+        top_k = None if head.weight.size(0) <= SMALL_VOCABULARY else self.options["top_k"]
         tokens = policy_pass.mask.sum().clamp(min=1)
         if isinstance(step, capo.AdamStep):
             # The accepted gradient is normalised already, as the real one is.
@@ -171,7 +176,7 @@ class Judge:
             mask=policy_pass.mask,
             granularity="batch",
             **head.logit_options,
-            **self.options,
+            **self.options | {"top_k": top_k, "renormalize": True},
         )
         first = policy_pass.mask.flatten().int().argmax()  # every unmasked token has the mean
         return batch.policy_shift.flatten()[first], batch.objective_shift.flatten()[first]

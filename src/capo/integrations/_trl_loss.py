@@ -109,7 +109,7 @@ def token_loss_scale(
     elif loss_type == "luspo":
         divisor = float(batch)
     else:
-        raise InputError("loss_type", f"must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
+        raise InputError("loss_type", f"must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}.")
     return torch.full_like(lengths, 1.0 / divisor)
 
 

@@ -35,7 +35,7 @@ def load_state(directory: Path) -> dict[str, Any]:
         raise InputError(
             "resume_from_checkpoint",
             f"{directory} holds no {STATE_FILE}, the simulated moments; it must be a checkpoint of "
-            "CAPOTrainer with moments='simulated', or set moments='optimizer'",
+            "CAPOTrainer with moments='simulated', or set moments='optimizer'.",
         )
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

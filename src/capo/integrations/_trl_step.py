@@ -19,6 +19,9 @@ StepModelName = Literal["adam", "sgd"]
 MomentsName = Literal["simulated", "optimizer"]
 
 
+_ADAM_STATE = {"exp_avg", "exp_avg_sq", "step"}
+
+
 class StepModel:
     """Builds, at every judgement, the step that the optimizer is about to take.
 
@@ -61,7 +64,7 @@ class StepModel:
         if self.kind == "sgd":
             return capo.SGDStep(lr)
         if self.simulated:
-            return self._simulated_moments(head, group).adam_step(lr, grad_scale=self.grad_scale)
+            return self._simulated_moments(head, group).adam_step(lr, self.grad_scale)
         return self._optimizer_step(head.parameter, optimizer, group, lr)
 
     def accumulate(
@@ -71,7 +74,7 @@ class StepModel:
         hidden: Float[Tensor, "B T d"],
         token_ids: Float[Tensor, "B T"],
         loss_gradient: Float[Tensor, "B T"],
-        mask: Float[Tensor, "B T"],
+        curvature: capo.TokenCurvature,
         top_k: int | None,
     ) -> None:
         """Add a judged micro-batch to the simulated gradient of the coming optimizer step.
@@ -82,7 +85,7 @@ class StepModel:
             token_ids: sampled tokens.
             loss_gradient: ``∂loss/∂log π`` as it is back-propagated: gated, and normalised by the
                 loss. Its negative takes the place of the advantage.
-            mask: tokens that count.
+            curvature: the judgement, whose vocabulary rows are used again.
             top_k: vocabulary rows that a token's gradient is confined to, or None for all.
         """
         if self.moments is not None:
@@ -91,20 +94,26 @@ class StepModel:
                 head.weight,
                 token_ids,
                 -loss_gradient,
-                mask=mask,
+                mask=curvature.mask,
                 top_k=top_k,
+                support=curvature.support,
                 **head.logit_options,
             )
 
-    def advance(self, clip: float = 1.0) -> None:
-        """Take the accumulated gradient, times the clipping factor, into the simulated moments."""
+    def advance(self, max_norm: float | None = None, grad_norm: float | None = None) -> None:
+        """Take the accumulated gradient into the simulated moments.
+
+        Args:
+            max_norm: what the trainer clips the norm of the whole gradient to, or None.
+            grad_norm: that norm before clipping.
+        """
         if self.moments is not None:
-            self.moments.advance(clip=clip)
+            self.moments.advance(max_norm=max_norm, grad_norm=grad_norm)
 
     def discard(self) -> None:
         """Forget the accumulated gradient: the optimizer skipped its step."""
         if self.moments is not None:
-            self.moments.discard()
+            self.moments.grad = None
 
     def state_dict(self) -> dict[str, Any] | None:
         """The simulated moments' state, or None where there is none."""
@@ -119,7 +128,7 @@ class StepModel:
     def _simulated_moments(self, head: LMHead, group: dict[str, Any]) -> capo.LastLayerMoments:
         if self.moments is None:
             self.moments = capo.LastLayerMoments(
-                tuple(head.weight.shape),
+                (head.weight.size(0), head.weight.size(1)),
                 betas=self._betas(group),
                 eps=self._eps(group),
                 weight_decay=_decoupled_decay(group),
@@ -138,18 +147,13 @@ class StepModel:
         lr: float,
     ) -> capo.AdamStep:
         state = optimizer.state.get(parameter, {})
-        name = type(optimizer).__name__
-        if not parameter.requires_grad or (not state and "betas" not in group):
+        # Empty before the first step: then the betas tell whether there will be an Adam state.
+        has_adam_state = state.keys() >= _ADAM_STATE if state else "betas" in group
+        if not (parameter.requires_grad and has_adam_state):
             raise InputError(
                 "moments",
-                f"'optimizer' needs an Adam state of the LM head and {name} keeps none; "
-                "use 'simulated'",
-            )
-        if state and not {"exp_avg", "exp_avg_sq", "step"} <= state.keys():
-            raise InputError(
-                "moments",
-                f"'optimizer' needs exp_avg, exp_avg_sq and step in the state of the LM head, "
-                f"{name} keeps {sorted(state)}; use 'simulated'",
+                f"'optimizer' needs an Adam state ({', '.join(sorted(_ADAM_STATE))}) of the LM head, "
+                f"which {type(optimizer).__name__} does not keep; use 'simulated'.",
             )
         return capo.AdamStep(
             lr,

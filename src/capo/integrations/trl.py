@@ -33,6 +33,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import capo
 from capo.core.errors import InputError
+from capo.core.statistics import IMPLEMENTATIONS
 from capo.integrations._trl_head import capture_hidden, predicting_positions, read_head
 from capo.integrations._trl_judge import (
     Judge,
@@ -57,6 +58,7 @@ _CHOICES = {
     "moments": ("simulated", "optimizer"),
     "fisher": ("sampled", "exact"),
     "advantage_baseline": ("group", "none"),
+    "impl": IMPLEMENTATIONS,
 }
 
 
@@ -118,20 +120,19 @@ class CAPOConfig(GRPOConfig):  # type: ignore[misc]
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 choices = " or ".join(repr(choice) for choice in allowed)
-                raise InputError(name, f"must be {choices}, got {getattr(self, name)!r}")
-        if self.curvature_top_k is not None and self.curvature_top_k < 1:
-            raise InputError(
-                "curvature_top_k", f"must be at least 1 or None, got {self.curvature_top_k!r}"
-            )
+                raise InputError(name, f"must be {choices}, got {getattr(self, name)!r}.")
+        top_k = self.curvature_top_k
+        if top_k is not None and not (isinstance(top_k, int) and top_k >= 1):
+            raise InputError("curvature_top_k", f"must be an integer ≥ 1 or None, got {top_k!r}.")
         if not self.grad_scale > 0:
-            raise InputError("grad_scale", f"must be positive, got {self.grad_scale!r}")
+            raise InputError("grad_scale", f"must be positive, got {self.grad_scale!r}.")
         if self.advantage_baseline == "none" and self.multi_objective_aggregation != (
             "sum_then_normalize"
         ):
             raise InputError(
                 "advantage_baseline",
                 "'none' needs multi_objective_aggregation='sum_then_normalize', since it does not "
-                "normalise",
+                "normalise.",
             )
         self.thresholds()
 
@@ -149,17 +150,24 @@ class CAPOConfig(GRPOConfig):  # type: ignore[misc]
                 raise InputError(
                     "selection",
                     f"must be one of {', '.join(map(repr, capo.PAPER_THRESHOLDS))}, a dict of "
-                    f"thresholds or None, got {selection!r}",
+                    f"thresholds or None, got {selection!r}.",
                 )
             return capo.PAPER_THRESHOLDS[selection]
         allowed = [f.name for f in fields(capo.Thresholds)]
         if not isinstance(selection, dict) or not selection.keys() <= set(allowed):
             raise InputError(
                 "selection",
-                f"must be a preset's name or a dict of {', '.join(allowed)}, got {selection!r}",
+                f"must be a preset's name or a dict of {', '.join(allowed)}, got {selection!r}.",
             )
         bounds = selection.get("objective_shift") or (None, None)
-        return capo.Thresholds(**{**selection, "objective_shift": tuple(bounds)})
+        if not isinstance(bounds, list | tuple):
+            raise InputError(
+                "selection.objective_shift", f"must be a pair [low, high], got {bounds!r}."
+            )
+        try:
+            return capo.Thresholds(**{**selection, "objective_shift": tuple(bounds)})
+        except InputError as error:
+            raise InputError(f"selection.{error.field}", error.message) from None
 
 
 class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
@@ -182,7 +190,7 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self.token_callbacks = list(token_callbacks or ())
         self._judge = self._make_judge()
         self._gate: GradientGate | None = None
-        self._clip_factor = 1.0
+        self._grad_norm: float | None = None
         self._rewards: Tensor | None = None
         if self._judge is not None:
             self.add_callback(_OptimizerStepTaken(self._optimizer_step_taken))
@@ -196,16 +204,16 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
             raise InputError(
                 "selection",
                 "is not supported with FSDP, DeepSpeed or several processes yet; train in a single "
-                "process or set selection=None",
+                "process or set selection=None.",
             )
         if self.loss_type not in LOSS_TYPES:
-            raise InputError("loss_type", f"must be one of {', '.join(LOSS_TYPES)} with selection")
+            raise InputError("loss_type", f"must be one of {', '.join(LOSS_TYPES)} with selection.")
         vocabulary = read_head(self.model, self.temperature).weight.size(0)
         if args.curvature_top_k is not None and args.curvature_top_k > vocabulary:
             raise InputError(
                 "curvature_top_k",
                 f"must be at most the vocabulary size {vocabulary} or None for all of it, "
-                f"got {args.curvature_top_k}",
+                f"got {args.curvature_top_k}.",
             )
         step_model = StepModel(
             args.step_model,
@@ -276,18 +284,18 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
-        if self._judge is not None:
-            # As torch.nn.utils.clip_grad_norm_ scales, its ε included.
-            self._clip_factor = min(1.0, self.args.max_grad_norm / (float(norm) + 1e-6))
+        self._grad_norm = float(norm)
         return norm
 
     def _optimizer_step_taken(self) -> None:
         assert self._judge is not None
         if self.accelerator.optimizer_step_was_skipped:  # overflow under fp16
             self._judge.step_model.discard()
+        elif self._grad_norm is None:
+            self._judge.step_model.advance()
         else:
-            self._judge.step_model.advance(self._clip_factor)
-        self._clip_factor = 1.0
+            self._judge.step_model.advance(self.args.max_grad_norm, self._grad_norm)
+        self._grad_norm = None
 
     # REINFORCE without a baseline
 

@@ -1,0 +1,240 @@
+"""What judging costs: a CAPO step against the same step of plain `GRPOTrainer`.
+
+    python -m capo.lab.bench_step
+
+Both trainers run the embedded policy on the same problems with the same seeds, in one process and
+in alternating rounds, so that other load on the machine meets both alike. The learning rate is so
+small that both policies stay the same and therefore write the same completions: step k of a round
+is the same work for both, and the ratio is taken step by step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from capo.core.errors import InputError
+
+BUDGET = 1.15
+"""Issue 1: a CAPO step costs at most this many plain steps."""
+
+
+@dataclass(frozen=True)
+class StepBench:
+    """Seconds per step, paired: entry k of both lists is the same work.
+
+    Attributes:
+        plain: `GRPOTrainer`.
+        capo: `CAPOTrainer`.
+        judging: the part of `capo` between the loss and its backward pass, and the moments.
+        threads: CPU threads of torch.
+        completions: completions in a step.
+    """
+
+    plain: list[float]
+    capo: list[float]
+    judging: list[float]
+    threads: int
+    completions: int
+
+    @property
+    def ratio(self) -> float:
+        """Median over steps of CAPO's time / the plain trainer's time."""
+        return statistics.median(c / p for c, p in zip(self.capo, self.plain, strict=True))
+
+    def summary(self) -> str:
+        """The medians and the ratio, for people."""
+        plain, ours, judging = (
+            1e3 * statistics.median(times) for times in (self.plain, self.capo, self.judging)
+        )
+        verdict = "within" if self.ratio <= BUDGET else "over"
+        return (
+            f"{len(self.plain)} paired steps of {self.completions} completions, "
+            f"{self.threads} threads (medians)\n"
+            f"  GRPOTrainer  {plain:7.1f} ms a step\n"
+            f"  CAPOTrainer  {ours:7.1f} ms a step, {judging:.1f} ms of it judging\n"
+            f"  ratio        {self.ratio:7.3f}    ({verdict} the budget of {BUDGET})"
+        )
+
+
+def bench_step(
+    *,
+    steps: int = 8,
+    warmup: int = 2,
+    rounds: int = 4,
+    threads: int = 2,
+    completions: int = 96,
+    policy: str = "embedded:sums",
+    **capo_settings: Any,
+) -> StepBench:
+    """Time plain and CAPO steps in alternating rounds.
+
+    Args:
+        steps: timed steps in a round.
+        warmup: steps before them that are not timed.
+        rounds: rounds of each trainer.
+        threads: CPU threads for torch.
+        completions: completions in a step, a multiple of 8.
+        policy: what `capo.policies.load_policy` takes.
+        **capo_settings: fields of `CAPOConfig`; by default ``selection="capo"``.
+
+    Raises:
+        InputError: a count is not positive, or the completions are not whole groups.
+    """
+    for name, value in {"steps": steps, "rounds": rounds, "threads": threads}.items():
+        if value < 1:
+            raise InputError(name, f"must be at least 1, got {value}")
+    if warmup < 0:
+        raise InputError("warmup", f"must be at least 0, got {warmup}")
+    if completions < 8 or completions % 8:
+        raise InputError("completions", f"must be a positive multiple of 8, got {completions}")
+    capo_settings.setdefault("selection", "capo")
+    times: dict[str, list[float]] = {"plain": [], "capo": [], "judging": []}
+    with _torch_threads(threads), tempfile.TemporaryDirectory() as directory:
+        run = _Runner(policy, completions, steps + warmup, directory)
+        for index in range(rounds):
+            # Whoever goes second may find a cooler or a busier machine: take turns.
+            order = ("plain", "capo") if index % 2 == 0 else ("capo", "plain")
+            for name in order:
+                seconds, judging = run(name, seed=index, **capo_settings)
+                times[name] += seconds[warmup:]
+                times["judging"] += judging[warmup:]
+    return StepBench(**times, threads=threads, completions=completions)
+
+
+class _Runner:
+    """Runs one trainer for one round."""
+
+    def __init__(self, policy: str, completions: int, steps: int, directory: str) -> None:
+        from datasets import Dataset
+
+        from capo.tasks import load_task
+
+        self.policy, self.completions, self.steps = policy, completions, steps
+        self.directory = directory
+        self.task = load_task("sums")
+        problems = self.task.train_problems(steps * completions // 8, seed=0)
+        self.answers = {problem.prompt: problem for problem in problems}
+        self.dataset = Dataset.from_list([asdict(problem) for problem in problems])
+
+    def __call__(self, name: str, seed: int, **settings: Any) -> tuple[list[float], list[float]]:
+        from trl import GRPOConfig, GRPOTrainer
+
+        from capo.integrations.trl import CAPOConfig, CAPOTrainer
+        from capo.policies import load_policy
+
+        policy = load_policy(self.policy)
+        plain = name == "plain"
+        common: dict[str, Any] = {
+            "output_dir": self.directory,
+            "per_device_train_batch_size": self.completions,
+            "num_generations": 8,
+            "max_completion_length": self.task.max_completion_tokens,
+            "max_steps": self.steps,
+            "learning_rate": 1e-9,
+            "seed": seed,
+            "bf16": False,
+            "use_cpu": True,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+        }
+        trainer = (GRPOTrainer if plain else CAPOTrainer)(
+            model=policy.model,
+            reward_funcs=self._reward,
+            args=GRPOConfig(**common) if plain else CAPOConfig(**common, **settings),
+            train_dataset=self.dataset,
+            processing_class=policy.tokenizer,
+        )
+        watch, judging = _stopwatch(), _JudgingTime(trainer)
+        trainer.add_callback(watch)
+        trainer.train()
+        return watch.seconds, judging.per_step(self.steps)
+
+    def _reward(self, prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        return [
+            self.task.grade(completion, self.answers[prompt])
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+
+
+def _stopwatch() -> Any:
+    from transformers import TrainerCallback
+
+    class Stopwatch(TrainerCallback):  # type: ignore[misc]
+        """Seconds of every optimizer step, generation included."""
+
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+            self._started = 0.0
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self._started = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.seconds.append(time.perf_counter() - self._started)
+
+    return Stopwatch()
+
+
+class _JudgingTime:
+    """Seconds spent in a trainer's judge; nothing is wrapped where there is none."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.calls: list[float] = []
+        judge = getattr(trainer, "_judge", None)
+        if judge is None:
+            return
+        inner = judge.judge
+
+        def timed(*args: Any) -> Any:
+            started = time.perf_counter()
+            verdict = inner(*args)
+            self.calls.append(time.perf_counter() - started)
+            return verdict
+
+        judge.judge = timed
+
+    def per_step(self, steps: int) -> list[float]:
+        """One entry per step, or none."""
+        share = len(self.calls) // steps
+        return [sum(self.calls[i * share : (i + 1) * share]) for i in range(steps)] if share else []
+
+
+@contextlib.contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the ratio."""
+    parser = argparse.ArgumentParser(
+        prog="capo bench step", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--steps", type=int, default=8, help="timed steps in a round")
+    parser.add_argument("--warmup", type=int, default=2, help="untimed steps before them")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds of each trainer")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--completions", type=int, default=96, help="completions in a step")
+    parser.add_argument("--policy", default="embedded:sums", help="policy to train")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    print(bench_step(**vars(parser.parse_args(arguments))).summary())
+
+
+if __name__ == "__main__":
+    main()
