@@ -16,6 +16,7 @@ from capo.lab.report.style import DASHES
 WIDTH, HEIGHT = 760, 300  # of an exported figure, in CSS pixels; the page fits the width itself
 MAIN = "data"  # the dataset of a figure that its CSV holds
 ZERO = "datum.value == 0 ? '0' : datum.label"  # instead of 0e+0
+OUTER_BANDS, INNER_BANDS = 3, 5  # with more series than this, bands would hide each other
 CROSS = "M-1,-1L1,1M1,-1L-1,1"
 # Eight decades below the largest value, a shift is zero to the eye and to any threshold.
 LOG_DECADES = 8
@@ -95,22 +96,14 @@ def x_axis() -> Any:
     return alt.X(
         "completions:Q",
         title="completions consumed",
-        axis=alt.Axis(format=",", tickCount=7),
+        axis=alt.Axis(format=",d", tickCount=6),
         scale=alt.Scale(nice=False),
     )
 
 
 def series_encodings(names: Sequence[str], data: pd.DataFrame) -> dict[str, Any]:
     """Colour and dash of a series, one merged legend of the series that ``data`` holds."""
-    legend = alt.Legend(
-        title=None,
-        columns=3,
-        values=[name for name in names if name in set(data["series"])],
-        symbolType="stroke",
-        symbolOpacity=1,
-        symbolSize=500,
-        symbolStrokeWidth=2.5,
-    )
+    legend = _legend(names, data, symbolType="stroke", symbolSize=500, symbolStrokeWidth=2.5)
     dashes = [DASHES[index % len(DASHES)] for index in range(len(names))]
     domain = list(names)
     return {
@@ -121,9 +114,19 @@ def series_encodings(names: Sequence[str], data: pd.DataFrame) -> dict[str, Any]
     }
 
 
-def shape_encoding(names: Sequence[str]) -> Any:
-    """The point shape of a series."""
-    return alt.Shape("series:N", scale=alt.Scale(domain=list(names)), legend=None)
+def point_encodings(names: Sequence[str], data: pd.DataFrame) -> dict[str, Any]:
+    """Colour and point shape of a series, one merged legend: for figures whose lines have points."""
+    legend, domain = _legend(names, data, symbolSize=110, symbolStrokeWidth=0), list(names)
+    return {
+        "color": alt.Color("series:N", scale=alt.Scale(domain=domain), legend=legend),
+        "shape": alt.Shape("series:N", scale=alt.Scale(domain=domain), legend=legend),
+    }
+
+
+def _legend(names: Sequence[str], data: pd.DataFrame, **look: Any) -> Any:
+    drawn = set(data["series"])
+    values = [name for name in names if name in drawn]
+    return alt.Legend(title=None, columns=3, values=values, symbolOpacity=1, **look)
 
 
 def source(name: str = MAIN) -> Any:
@@ -173,7 +176,7 @@ def tooltips(*fields: tuple[str, str, str]) -> list[Any]:
     return rows
 
 
-POSITION_TIPS = (("completions", "completions", ","), ("step", "step", ","))
+POSITION_TIPS = (("completions", "completions", ",d"), ("step", "step", ",d"))
 
 
 def log_floor(table: pd.DataFrame, columns: Sequence[str]) -> float:
@@ -214,6 +217,8 @@ def symlog_y(table: pd.DataFrame, columns: Sequence[str], column: str, title: st
         else range(low + 1, top + 1)
     )
     ticks = [-(10.0**k) for k in reversed(decades)] + [0.0] + [10.0**k for k in decades]
-    axis = alt.Axis(values=ticks, format="~e", labelExpr=ZERO, labelOverlap=False)
+    # Vega halves `values` that outnumber its tick count.
+    count = len(ticks) + 1
+    axis = alt.Axis(values=ticks, tickCount=count, format="~e", labelExpr=ZERO, labelOverlap=False)
     scale = alt.Scale(type="symlog", constant=10.0**low, nice=False)
     return alt.Y(f"{column}:Q", title=title, scale=scale, axis=axis)

@@ -76,11 +76,15 @@ def accuracy_figure(series: Sequence[Series], target: float) -> Figure:
     collapse = pd.DataFrame(fallen, columns=["series", "completions", "accuracy", "run"])
     rules = pd.DataFrame([{"value": target, "label": f"target {target:g}"}])
     y = alt.Y("accuracy:Q", title="accuracy", scale=alt.Scale(domain=[0, 1]))
-    base, look = charts.source(), charts.series_encodings(names, data)
+    base, look = charts.source(), charts.point_encodings(names, data)
+    dash = charts.series_encodings(names, data)["strokeDash"].copy(deep=True)
+    dash.legend = None
     band = base.mark_area(opacity=0.18, line=False).encode(
         x=charts.x_axis(), y=alt.Y("low:Q", title="accuracy"), y2="high:Q", color=look["color"]
     )
-    line = base.mark_line(strokeWidth=2.5).encode(x=charts.x_axis(), y=y, **look)
+    line = base.mark_line(strokeWidth=2.5).encode(
+        x=charts.x_axis(), y=y, color=look["color"], strokeDash=dash
+    )
     tips = charts.tooltips(
         ("accuracy", "accuracy", ".3f"),
         ("low", "low", ".3f"),
@@ -91,9 +95,8 @@ def accuracy_figure(series: Sequence[Series], target: float) -> Figure:
     points = base.mark_point(filled=True, size=55, opacity=1).encode(
         x=charts.x_axis(),
         y=y,
-        color=look["color"],
-        shape=charts.shape_encoding(names),
         tooltip=tips,
+        **look,
     )
     marks = charts.source("collapse")
     cross = marks.mark_point(shape=charts.CROSS, size=260, strokeWidth=3, opacity=1).encode(
@@ -170,7 +173,11 @@ def policy_shift_figure(series: Sequence[Series]) -> Figure:
         base.mark_area(opacity=opacity).encode(
             x=charts.x_axis(), y=y(low), y2=f"{high}_:Q", color=look["color"]
         )
-        for low, high, opacity in (("p50", "max", 0.10), ("p90", "p99", 0.20))
+        for low, high, opacity, most in (
+            ("p50", "max", 0.10, charts.OUTER_BANDS),
+            ("p90", "p99", 0.20, charts.INNER_BANDS),
+        )
+        if data["series"].nunique() <= most
     ]
     layers.append(base.mark_line(strokeWidth=2).encode(x=charts.x_axis(), y=y("p99"), **look))
     tips = charts.tooltips(*((c, c, ".2e") for c in reversed(columns)), *POSITION_TIPS)
@@ -189,8 +196,9 @@ def policy_shift_figure(series: Sequence[Series]) -> Figure:
         "policy-shift",
         "Policy shift of a token's own step",
         "m_F, about the KL divergence that the step of one token alone would cause. Line: 99th "
-        "percentile; dark band: 90th to 99th; light band: median to largest. Values below "
-        f"{floor:.0e} are drawn there. Dashed: the threshold above which a token is rejected.",
+        "percentile; dark band (of five series at most): 90th to 99th; light band (of three at "
+        f"most): median to largest; the tooltip tells all four. Values below {floor:.0e} are drawn "
+        "there. Dashed: the threshold above which a token is rejected.",
         charts.layered(names, *layers),
         data,
         {"rules": rules},
@@ -214,10 +222,13 @@ def objective_shift_figure(series: Sequence[Series]) -> Figure:
         return charts.symlog_y(data, columns, column, "objective shift m_H")
 
     layers = [
-        base.mark_area(opacity=0.16).encode(
+        base.mark_area(opacity=0.10).encode(
             x=charts.x_axis(), y=y("p01"), y2="p99:Q", color=look["color"]
         ),
-        base.mark_line(strokeWidth=2).encode(x=charts.x_axis(), y=y("p50"), **look),
+        *(
+            base.mark_line(strokeWidth=width).encode(x=charts.x_axis(), y=y(column), **look)
+            for column, width in (("p01", 1), ("p50", 2), ("p99", 1))
+        ),
     ]
     tips = charts.tooltips(*((c, c, ".2e") for c in reversed(columns)), *POSITION_TIPS)
     layers += charts.hover_layers(look["color"], base, y("p50"), tips)

@@ -99,7 +99,7 @@ def _series_row(one: Series, index: int) -> Row:
         base=_spread([s.base for s in members]),
         best=_spread([s.best for s in members]),
         final=_spread([s.final for s in members]),
-        to_target=Cell(_completions(middle(targets)[0]), f"{reached} of {len(targets)} reached it"),
+        to_target=Cell(_completions(middle(targets)[0]), f"{reached} of {len(targets)}"),
         collapsed=f"{fallen} of {len(judged)}" if judged else DASH,
         fell=fallen > 0,
         rejection=_rejection(members),
