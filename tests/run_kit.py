@@ -17,7 +17,6 @@ TINY = [
     "training.steps=4",
     "training.completions_per_step=16",
     "training.micro_batch=8",
-    "training.max_completion_tokens=8",
     "training.save_every=2",
     "eval.problems=8",
     "eval.every_completions=32",
@@ -25,7 +24,7 @@ TINY = [
 
 
 def tiny(*overrides: str, preset: str = "small-aggressive") -> Config:
-    """Four steps of 16 completions of at most 8 tokens."""
+    """Four steps of 16 completions."""
     return load_config(preset, [*TINY, *overrides])
 
 

@@ -79,7 +79,7 @@ def test_token_records_are_ragged_and_whole(judged):
         offsets = record["offsets"]
         assert len(offsets) == config.training.completions_per_step + 1
         assert (np.diff(offsets) >= 1).all()
-        assert (np.diff(offsets) <= 8).all()
+        assert (np.diff(offsets) <= load_task("sums").max_completion_tokens).all()
         for name in ("token_ids", "log_prob", "entropy", "advantage", "policy_shift", "reason"):
             assert record[name].shape == (offsets[-1],), name
         assert (record["log_prob"] <= 0).all()
@@ -209,7 +209,7 @@ def test_overwriting_replaces_the_whole_run(tmp_path):
 
 @pytest.mark.parametrize("preset", ["small-aggressive", "small-aggressive-capo"])
 def test_a_killed_process_continues_from_its_last_checkpoint(tmp_path, preset):
-    many = tiny("training.steps=40", "records.tokens=false", preset=preset)
+    many = tiny("training.steps=14", "records.tokens=false", preset=preset)
     whole = train(many, tmp_path / "whole")
     run = RunDirectory(tmp_path / "run")
     config = tmp_path / "config.json"
@@ -217,13 +217,13 @@ def test_a_killed_process_continues_from_its_last_checkpoint(tmp_path, preset):
     process = start("train", str(config), "--output", str(run.path))
     wait_for_lines(run.path / "metrics.jsonl", 5, process)
     process.kill()
-    process.wait()
+    process.communicate()
     assert run.state == "running"  # it had no time to say otherwise
-    assert 2 <= run.last_checkpoint()[0] < 40
+    assert 2 <= run.last_checkpoint()[0] < 14
     train(many, run.path, resume=True)
     assert weights(run.path) == weights(whole)
-    assert [row["step"] for row in run.rows("metrics.jsonl")] == list(range(1, 41))
-    assert [row["step"] for row in run.rows("evals.jsonl")] == list(range(0, 41, 2))
+    assert [row["step"] for row in run.rows("metrics.jsonl")] == list(range(1, 15))
+    assert [row["step"] for row in run.rows("evals.jsonl")] == list(range(0, 15, 2))
 
 
 def test_the_reward_is_the_grader():

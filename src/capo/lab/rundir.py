@@ -73,10 +73,15 @@ class RunDirectory:
         Raises:
             InputError: a run is here and ``overwrite`` is False, or what is here is no run's.
         """
-        if not self.path.exists():
+        nearest = self.path
+        while not nearest.exists():
+            nearest = nearest.parent
+        if not nearest.is_dir():
+            raise InputError("output", f"{str(nearest)!r} is a file; give a directory.")
+        if not os.access(nearest, os.W_OK):
+            raise InputError("output", f"{str(nearest)!r} is not writable; give another directory.")
+        if nearest != self.path:
             return
-        if not self.path.is_dir():
-            raise InputError("output", f"{str(self.path)!r} is a file; give a directory.")
         foreign = sorted(p.name for p in self.path.iterdir() if not _is_ours(p.name))
         if foreign:
             raise InputError(
