@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from capo.core.errors import InputError
-from capo.core.statistics import chunked, eager, groups
+from capo.core.statistics import chunked, eager, groups, triton_backend
 from capo.core.statistics.options import Options, options
 from capo.core.steps import GivenStep
 
@@ -28,7 +28,8 @@ def compute_statistics(
 
     Args:
         problem: the tokens, the head and the step.
-        impl: ``"eager"`` (whole logits), ``"chunked"`` (streaming), ``"triton"`` (fused), or ``"auto"``.
+        impl: ``"eager"`` (whole logits), ``"chunked"`` (streaming), ``"triton"`` (fused), or ``"auto"``:
+            fused on a GPU where triton is installed, streaming otherwise.
         group_ids: ``[N]`` groups that share a step, or None where each token has its own.
 
     Raises:
@@ -36,13 +37,17 @@ def compute_statistics(
     """
     if impl not in IMPLEMENTATIONS:
         raise InputError("impl", f"must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}.")
+    if impl == "triton":
+        triton_backend.require(problem)
     # A given step is the same for every group: nothing to build.
     if group_ids is not None and not isinstance(problem.step, GivenStep):
         return groups.compute(problem, group_ids)
     match impl:
-        case "auto" | "chunked":
-            return chunked.compute(problem)
         case "eager":
             return eager.compute(problem)
+        case "triton":
+            return triton_backend.compute(problem)
+        case "auto" if triton_backend.preferred(problem):
+            return triton_backend.compute_or_chunked(problem)
         case _:
-            raise InputError("impl", "'triton' is not available in this version; use 'auto'.")
+            return chunked.compute(problem)
