@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from capo.lab.report.summary import Summary
 
+MOST_COLUMNS = 4  # runs side by side on a terminal of 80 columns
+
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")]
 Target = Annotated[float, typer.Option(help="Accuracy to be reached.", min=0, max=1)]
 
@@ -29,10 +31,7 @@ def compare(runs: Runs, target: Target = 0.75, as_json: AsJson = False) -> None:
         return
     from rich.console import Console
 
-    console = Console()
-    # A pipe has no width of its own; columns must not be cut there.
-    console = console if console.is_terminal else Console(width=160)
-    console.print(table_of(summaries, target))
+    Console(width=None if len(runs) <= MOST_COLUMNS else 200).print(table_of(summaries, target))
 
 
 def report(
@@ -139,37 +138,45 @@ def summary_row(summary: Summary) -> dict[str, Any]:
 
 
 def table_of(summaries: list[Summary], target: float) -> Table:
-    """The comparison as a table."""
+    """The comparison as a table: a column a run where that fits a terminal, else a row a run."""
+    from rich.box import SIMPLE
     from rich.table import Table
 
-    table = Table()
-    for column in ("run", "algorithm"):
-        table.add_column(column)
-    heads = ("lr", "a step", "base", "best", "final", "collapsed", f"completions to {target:g}")
-    for column in (*heads, "rejected (peak)", "seconds"):
-        table.add_column(column, justify="right")
-    for summary in summaries:
-        row = summary_row(summary)
-        final = _figure(row["final_accuracy"], ".3f")
-        if row["final_stderr"] is not None and row["final_accuracy"] is not None:
-            final += f" ± {row['final_stderr']:.3f}"
-        rejected = _figure(row["rejection_mean"], ".1%")
-        if row["rejection_peak"] is not None:
-            rejected += f" ({row['rejection_peak']:.1%})"
-        table.add_row(
-            row["run"] + ("" if row["state"] == "finished" else f" ({row['state']})"),
-            row["algorithm"],
-            _figure(row["learning_rate"], "g"),
-            _figure(row["completions_per_step"], "d"),
-            _figure(row["base_accuracy"], ".3f"),
-            _figure(row["best_accuracy"], ".3f"),
-            final,
-            {True: "yes", False: "no", None: "-"}[row["collapsed"]],
-            _figure(row["completions_to_target"], ",.0f", missing="not reached"),
-            rejected,
-            _figure(row["seconds"], ".0f"),
-        )
+    cells = [_cells(summary_row(summary), target) for summary in summaries]
+    upright = len(cells) <= MOST_COLUMNS
+    lines = [[name, *(cell[name] for cell in cells)] for name in cells[0]]
+    head, *body = lines if upright else zip(*lines, strict=True)
+    table = Table(box=SIMPLE, padding=(0, 1))
+    for title in head:
+        table.add_column(title, overflow="fold")
+    for line in body:
+        table.add_row(*line)
     return table
+
+
+def _cells(row: dict[str, Any], target: float) -> dict[str, str]:
+    final = _figure(row["final_accuracy"], ".3f")
+    if row["final_stderr"] is not None and row["final_accuracy"] is not None:
+        final += f" ± {row['final_stderr']:.3f}"
+    rejected = _figure(row["rejection_mean"], ".1%")
+    if row["rejection_peak"] is not None:
+        rejected += f" (peak {row['rejection_peak']:.1%})"
+    return {
+        "run": row["run"] + ("" if row["state"] == "finished" else f" ({row['state']})"),
+        "algorithm": row["algorithm"],
+        "learning rate": _figure(row["learning_rate"], "g"),
+        "completions a step": _figure(row["completions_per_step"], "d"),
+        "base accuracy": _figure(row["base_accuracy"], ".3f"),
+        "best accuracy": _figure(row["best_accuracy"], ".3f"),
+        "final accuracy": final,
+        "collapsed": {True: "yes", False: "no", None: "-"}[row["collapsed"]],
+        "completions": _figure(row["completions"], ",d"),
+        f"completions to {target:g}": _figure(
+            row["completions_to_target"], ",.0f", missing="not reached"
+        ),
+        "tokens rejected": rejected,
+        "training seconds": _figure(row["seconds"], ".0f"),
+    }
 
 
 def _figure(value: float | None, form: str, missing: str = "-") -> str:

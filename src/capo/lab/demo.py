@@ -97,7 +97,7 @@ def _report(runs: list[Path], path: Path) -> Path:
     title = "CAPO demonstration: one policy, trained three ways"
     build_report(runs, path, title=title, target_accuracy=TARGET)
     summaries = summarise_runs(runs, TARGET)
-    console = Console() if Console().is_terminal else Console(width=160)
+    console = Console()
     console.print(table_of(summaries, TARGET))
     for sentence in verdict(summaries):
         console.print(f"- {sentence}", highlight=False, soft_wrap=True)
