@@ -287,6 +287,20 @@ def test_the_truncation_bound_is_never_exceeded(
                 assert (bound <= rounding).all(), name
 
 
+@each_impl
+@pytest.mark.parametrize("step", ["given", "sgd", "adam"])
+def test_the_truncation_bound_covers_the_bend_of_a_soft_cap(impl: str, step: Any) -> None:
+    """Near a sharp cap |φ″| ≫ φ′: the bend alone would break a bound that left it out."""
+    for seed in range(40):
+        lr = 0.2 if step == "adam" else 5.0
+        case = Case("bent", step=step, lr=lr, dim=1, logit_softcap=0.02, spread=0.03, seed=seed)
+        full = curvature(case.batch, impl=impl).objective_shift
+        cut = curvature(case.batch, MODES[2], impl=impl)
+        assert cut.truncation_bound is not None
+        error = (cut.objective_shift - full).abs()
+        assert (error <= cut.truncation_bound.objective_shift + 1e-12 * (1 + full.abs())).all()
+
+
 def _options() -> Any:
     from capo.core import statistics
 

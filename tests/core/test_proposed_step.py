@@ -26,7 +26,7 @@ OPTIMIZERS: dict[str, Make] = {
     "adam-decay": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.3),
     "adam-amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.5, 0.6), amsgrad=True),
     "adam-maximize": lambda p: torch.optim.Adam(p, lr=0.01, maximize=True),
-    "adam-tensor-lr": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01), foreach=False),
+    "adam-tensor-lr": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01).double(), foreach=False),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.3),
     "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.3, foreach=True),
     "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.3, fused=True),
