@@ -63,8 +63,10 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """
     if not paths:
         raise InputError("runs", "give at least one run directory.")
-    unique = {Path(path).resolve(): Path(path) for path in reversed(paths)}
-    return [read_run(path) for path in reversed(unique.values())]
+    unique: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        unique.setdefault(path.resolve(), path)
+    return [read_run(path) for path in unique.values()]
 
 
 def read_run(path: Path) -> Run:

@@ -82,7 +82,7 @@ def _top(values: Any, count: int) -> Any:
 def _load(path: Path) -> dict[str, Any] | None:
     """The arrays of one step; None for a file that a killed writer left unfinished."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None

@@ -31,6 +31,8 @@
       const result = await vegaEmbed(target, payload.figures[slug], options());
       if (old) old.finalize();
       views.set(slug, result);
+      // A figure whose series are all switched off has no extent; that is no fault.
+      result.view.logLevel(1); // errors only
     } catch (error) {
       target.classList.add("failed");
       target.textContent = "This figure could not be drawn: " + error.message;
