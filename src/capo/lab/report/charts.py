@@ -190,16 +190,25 @@ def log_floor(table: pd.DataFrame, columns: Sequence[str]) -> float:
 
 
 def clamped(base: Any, columns: Sequence[str], floor: float) -> Any:
-    """``base`` with a drawn twin ``NAME_`` of each column, never below the floor."""
+    """``base`` with a drawn twin ``NAME_`` of each column, never below the floor.
+
+    Where the last column, the largest, is zero there was no step at all: nothing is drawn.
+    """
+    largest = f"datum['{columns[-1]}']"
     for column in columns:
-        drawn = f"isValid(datum['{column}']) ? max(datum['{column}'], {floor!r}) : null"
+        drawn = f"{largest} > 0 ? max(datum['{column}'], {floor!r}) : null"
         base = base.transform_calculate(as_=f"{column}_", calculate=drawn)
     return base
 
 
-def log_y(column: str, title: str, floor: float) -> Any:
-    """A logarithmic axis with powers of ten, its domain starting at the floor at the lowest."""
-    axis = alt.Axis(format="~e", tickCount=6)
+def log_y(table: pd.DataFrame, columns: Sequence[str], column: str, title: str) -> Any:
+    """A logarithmic axis; powers of ten alone are marked once there are three of them."""
+    top = float(np.nanmax(table[list(columns)].to_numpy(dtype=float)))
+    low = round(math.log10(log_floor(table, columns)))
+    high = math.ceil(math.log10(top)) if top > 0 else low + 1
+    decades = range(low, high + 1, 1 if high - low <= 6 else 2)
+    ticks = {"values": [10.0**k for k in decades], "tickCount": 20} if len(decades) > 2 else {}
+    axis = alt.Axis(format="~e", **ticks)
     return alt.Y(f"{column}:Q", title=title, scale=alt.Scale(type="log", nice=True), axis=axis)
 
 

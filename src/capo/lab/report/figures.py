@@ -167,7 +167,7 @@ def policy_shift_figure(series: Sequence[Series]) -> Figure:
     )
 
     def y(column: str) -> Any:
-        return charts.log_y(f"{column}_", "policy shift m_F (nats)", floor)
+        return charts.log_y(data, columns, f"{column}_", "policy shift m_F (nats)")
 
     layers = [
         base.mark_area(opacity=opacity).encode(
@@ -198,7 +198,7 @@ def policy_shift_figure(series: Sequence[Series]) -> Figure:
         "m_F, about the KL divergence that the step of one token alone would cause. Line: 99th "
         "percentile; dark band (of five series at most): 90th to 99th; light band (of three at "
         f"most): median to largest; the tooltip tells all four. Values below {floor:.0e} are drawn "
-        "there. Dashed: the threshold above which a token is rejected.",
+        "there; a step without any is left out. Dashed: the threshold above which a token is rejected.",
         charts.layered(names, *layers),
         data,
         {"rules": rules},
@@ -252,12 +252,12 @@ def batch_figure(series: Sequence[Series], kind: str) -> Figure:
     names = [one.name for one in series]
     data = tables.signal_table(series, f"capo/batch/{kind}_shift")
     symbol = "m_F" if kind == "policy" else "m_H"
-    title, columns = f"Batch-level {kind} shift", ["low", "median", "high"]
+    title, columns = f"Batch-level {kind} shift", ["median"]
     base, look = charts.source(), charts.series_encodings(names, data)
     if kind == "policy":
         floor = charts.log_floor(data, columns)
         base = charts.clamped(base, columns, floor)
-        y = charts.log_y("median_", f"{symbol} (nats)", floor)
+        y = charts.log_y(data, columns, "median_", f"{symbol} (nats)")
     else:
         y = charts.symlog_y(data, columns, "median", symbol)
     line = base.mark_line(strokeWidth=1.8).encode(x=charts.x_axis(), y=y, **look)
