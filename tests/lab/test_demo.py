@@ -30,7 +30,8 @@ def tiny_demo(monkeypatch):
 
 def finished_at(output: Path) -> dict[str, int]:
     return {
-        path.parent.name: path.stat().st_mtime_ns for path in output.glob("*/final/config.json")
+        path.parent.parent.name: path.stat().st_mtime_ns
+        for path in output.glob("*/final/config.json")
     }
 
 
