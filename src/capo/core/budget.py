@@ -116,8 +116,10 @@ def interaction(
 class Budget:
     """Greedy removal: the token whose removal lowers the batch-level shift most goes first.
 
-    The shift is recomputed after each removal, until it is under its bound or no removal lowers it.
-    ``Selection.met`` says which. A removed token's term leaves the sum and the denominator stays, so
+    The shift is recomputed after each removal, until it is under its bound; then tokens whose return
+    keeps the bound are taken back, the cheapest first. Where it never is (old
+    momentum alone may break it) the set with the smallest shift seen is kept, and ``Selection.met`` is
+    False. A removed token's term leaves the sum and the denominator stays, so
     ``denominator`` is ``"all"``: renormalising would enlarge the step again.
 
     Args:
@@ -152,20 +154,41 @@ class Budget:
         return make_selection(weights, reason, mask, self.denominator, (Reason.BUDGET,), met=met)
 
     def _greedy(self) -> tuple[Bool[Tensor, "N"], bool]:
+        n = self.interaction.matrix.shape[0]
+        kept = torch.ones(n, dtype=torch.bool, device=self.interaction.matrix.device)
+        best, least = kept, float("inf")
+        for left in range(n, -1, -1):
+            shift, change = self._marginal(kept)
+            if shift <= self.policy_shift:
+                return self._readmit(kept), True
+            if shift < least:
+                best, least = kept, shift
+            if left:
+                # Tokens that cancel each other make local minima: the least harmful removal is made
+                # even where none helps.
+                kept = kept.clone()
+                kept[int(change.masked_fill(~kept, torch.inf).argmin())] = False
+        return best, False
+
+    def _readmit(self, kept: Bool[Tensor, "N"]) -> Bool[Tensor, "N"]:
+        """Tokens whose return keeps the bound come back, the cheapest first."""
+        while not bool(kept.all()):
+            _, change = self._marginal(kept)
+            change = change.masked_fill(kept, torch.inf)
+            cheapest = int(change.argmin())
+            candidate = kept.clone()
+            candidate[cheapest] = True
+            if not self._marginal(candidate)[0] <= self.policy_shift:
+                break
+            kept = candidate
+        return kept
+
+    def _marginal(self, kept: Bool[Tensor, "N"]) -> tuple[float, Float[Tensor, "N"]]:
+        """The batch-level shift, and its change if each token were removed (or came back)."""
         c = self.interaction.matrix
-        n = c.shape[0]
-        kept = torch.ones(n, dtype=torch.bool, device=c.device)
+        # From scratch, not by subtraction: thousands of removals must not pile up rounding.
         score = self.interaction.score_change(kept.to(c.dtype))
-        half_norm = 0.5 * c.square().sum(dim=0)
-        while True:
-            if n == 0 or float(0.5 * score.square().mean()) <= self.policy_shift:
-                return kept, True
-            # f(x − e_i) − f(x) = (−C_iᵀs + ½‖C_i‖²)/N
-            change = half_norm - c.T @ score
-            change[~kept] = torch.inf
-            best = int(change.argmin())
-            if not float(change[best]) < 0:
-                return kept, False
-            kept[best] = False
-            # From scratch, not by subtraction: thousands of removals must not pile up rounding.
-            score = self.interaction.score_change(kept.to(c.dtype))
+        shift = float(0.5 * score.square().mean()) if len(kept) else 0.0
+        # f(x ∓ e_i) − f(x) = (∓C_iᵀs + ½‖C_i‖²)/N
+        sign = torch.where(kept, -1.0, 1.0).to(c.dtype)
+        return shift, sign * (c.T @ score) + 0.5 * c.square().sum(dim=0)

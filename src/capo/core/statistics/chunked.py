@@ -251,7 +251,8 @@ def find_rivals(chunk: Problem) -> tuple[Rest, Sampled, Candidates]:
         weights = weigh(act.z, position, present)
         rest = merge(rest, _bare_block(weights))
         if not chunk.renormalize:
-            never = weights.e.scatter_(1, columns, 0.0).sum(dim=1) / weights.total
+            tiny = torch.finfo(weights.e.dtype).tiny  # an empty block: 0/tiny, not 0/0
+            never = weights.e.scatter_(1, columns, 0.0).sum(dim=1) / weights.total.clamp_min(tiny)
             left_out = torch.logaddexp(left_out, weights.lse + never.log())
             left_out = torch.logaddexp(left_out, _lse_of_rivals(head, evicted))
     return rest, gatherer.sampled(), Candidates(*rivals.result(), left_out)

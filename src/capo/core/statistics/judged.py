@@ -99,13 +99,13 @@ def judge_candidates(
     left_out, bound = zero, zero
     if not chunk.renormalize:
         # The rows left out are a block with u = 0 (README, eq. 8); its mass is summed, not subtracted.
-        kept = (set_lse - rest_lse).exp().clamp_max(1.0)
-        missing = (candidates.left_out_lse - rest_lse).exp().clamp_max(1.0)
+        kept = _share(set_lse, rest_lse)
+        missing = _share(candidates.left_out_lse, rest_lse)
         var = kept * var + kept * missing * mean * mean
         mean, bend_mean = kept * mean, kept * bend_mean
         left_out = r * missing * (1.0 + 64.0 * torch.finfo(dtype).eps)
         smallest = act.z.amin(dim=1) if act.z.shape[1] else rest_lse
-        bound = u_bound(chunk, r * (smallest - rest_lse).exp().clamp_max(1.0))
+        bound = u_bound(chunk, r * _share(smallest, rest_lse))
     x_sampled = zero if x is None else x[:, -1]
     return Statistics(
         log_odds=sampled.z - rest_lse,
@@ -119,3 +119,8 @@ def judge_candidates(
         u_bound=bound,
         support=Support(rows, residual),
     )
+
+
+def _share(part: Float[Tensor, "n"], whole: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """``exp(part − whole)``, at most 1; 0 where there is nothing to share (V = 1)."""
+    return torch.where(whole == -torch.inf, 0.0, (part - whole).exp().clamp_max(1.0))
