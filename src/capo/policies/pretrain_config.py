@@ -39,23 +39,23 @@ class PretrainConfig(BaseModel):
 
     seed: Annotated[int, Field(ge=0)] = 0
     strategies: dict[str, Annotated[float, Field(ge=0, le=1)]] = {
-        "careful": 0.46,
-        "stop_early": 0.18,
-        "repeat_second": 0.18,
-        "slip": 0.18,
+        "careful": 0.43,
+        "stop_early": 0.19,
+        "repeat_second": 0.19,
+        "guess": 0.19,
     }
     layers: Positive = 4
     hidden_size: Positive = 128
     intermediate_size: Positive = 384
     heads: Positive = 4
-    steps: Positive = 2000
-    batch_size: Positive = 128
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-3
+    steps: Positive = 2400
+    batch_size: Positive = 64
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 6e-4
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.98)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    threads: Positive = 2
+    threads: Positive = 1
     eval_problems: Positive = 1024
     eval_k: Positive = 16
     eval_seed: Annotated[int, Field(ge=0)] = 0

@@ -11,7 +11,7 @@ from capo.core.errors import InputError
 from capo.policies.loading import Policy
 
 
-def sample_completions(  # noqa: PLR0917 - the order is a public contract
+def sample_completions(
     policy: Policy,
     prompts: Sequence[str],
     n: int,

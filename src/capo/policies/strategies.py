@@ -33,16 +33,16 @@ def repeat_second(terms: Terms, _: random.Random) -> str:
     return f"{a}+{b}={a + b} {a + b}+{b}={a + b + b}"
 
 
-def slip(terms: Terms, rng: random.Random) -> str:
-    """Work like `careful`, then miscount by one or by a ten: ``37+58=95 95+26=111``."""
+def guess(terms: Terms, rng: random.Random) -> str:
+    """Work like `careful`, then guess a total, any with as many digits: ``37+58=95 95+26=870``."""
     a, b, c = terms
-    wrong = a + b + c + rng.choice((-10, -1, 1, 10))
-    return f"{a}+{b}={a + b} {a + b}+{c}={max(wrong, 0)}"
+    digits = len(str(a + b + c))
+    return f"{a}+{b}={a + b} {a + b}+{c}={rng.randint(10 ** (digits - 1), 10**digits - 1)}"
 
 
 STRATEGIES: dict[str, Strategy] = {
     "careful": careful,
     "stop_early": stop_early,
     "repeat_second": repeat_second,
-    "slip": slip,
+    "guess": guess,
 }

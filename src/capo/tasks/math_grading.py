@@ -1,8 +1,8 @@
 """Whether a completion's final answer equals a reference, by text first and then by math-verify.
 
 No input may raise, and none may take long: text is bounded before anything parses it, and
-expressions whose evaluation could explode (towers of powers, factorials of factorials) are compared
-as text only. math-verify's own time limits are switched off, because they rest on SIGALRM, which
+expressions whose evaluation could explode (towers of powers, factorials of factorials, deep nesting)
+are compared as text only. math-verify's own time limits are switched off, because they rest on SIGALRM, which
 works in the main thread alone.
 """
 
@@ -19,8 +19,10 @@ _TAIL = 4_000  # characters of a completion that are looked at: the final answer
 _LONGEST_ANSWER = 256  # characters
 _LAST_WORDS = 300  # characters searched for an answer that is not boxed
 _LARGEST_POWER = 10_000
-_ENDLESS = re.compile(r"\\?(sum|prod|int|lim|binom|choose|exp|gamma|zeta)(?![a-z])", re.IGNORECASE)
+_DEEPEST_NESTING = 8  # math-verify's time doubles with every level or two of nested fractions
+_ENDLESS = re.compile(r"\\[dt]?(sum|prod|int|lim|binom|choose|exp|Gamma|zeta)(?![A-Za-z])")
 _SMALL_FACTORIAL = re.compile(r"(?<![0-9])[0-9]{1,3}!(?!!)")
+_FACTORIAL = re.compile(r"[0-9)}\]!]\s*!")  # "Great! It is 7." has none
 _FINAL_MARK = re.compile(r"####\s*([^\n]+)")
 _SPACING = re.compile(r"\\[,;:! ]|\\left|\\right|\\displaystyle|[\s$]")
 
@@ -43,9 +45,8 @@ def grade_math(completion: str, answer: str) -> float:
         stated, wrap = tail[-_LAST_WORDS:], "{}"
     else:
         wrap = "\\boxed{{{}}}"
-    if len(stated) > max(_LONGEST_ANSWER, _LAST_WORDS) or _may_explode(stated):
-        return 0.0
-    if _may_explode(answer):
+    too_long = len(stated) > max(_LONGEST_ANSWER, _LAST_WORDS)
+    if too_long or _may_explode(stated) or _may_explode(answer):
         return 0.0
     return float(_equal(wrap.format(stated), "\\boxed{" + answer + "}"))
 
@@ -80,7 +81,9 @@ def _normalized(text: str) -> str:
 def _may_explode(text: str) -> bool:
     """Whether evaluating ``text`` could take unbounded time or memory."""
     text = text.replace("**", "^")
-    if _ENDLESS.search(text) or "!" in _SMALL_FACTORIAL.sub("", text):
+    if _depth(text) > _DEEPEST_NESTING:
+        return True
+    if _ENDLESS.search(text) or _FACTORIAL.search(_SMALL_FACTORIAL.sub("", text)):
         return True
     power = 1
     for exponent in _exponents(text):
@@ -91,6 +94,14 @@ def _may_explode(text: str) -> bool:
                 return True
             power *= max(1, int(digits))
     return power > _LARGEST_POWER
+
+
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "{([") - (character in "})]" and depth > 0)
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _exponents(text: str) -> Iterator[str]:
@@ -117,7 +128,7 @@ def _equal(stated: str, answer: str) -> bool:
 def _parsed(text: str) -> list[Any]:
     from math_verify import parse
 
-    # It warns, on every import, that nothing limits the time: the bounds above do.
+    # It would warn that nothing limits the time; the bounds above do.
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     expressions: list[Any] = parse(text, parsing_timeout=None)
     return expressions

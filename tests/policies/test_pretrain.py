@@ -1,0 +1,167 @@
+"""The recipe: what ships is what it says, and running it again learns the same way."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from capo import InputError
+from capo.policies import EMBEDDED, load_policy, sample_completions
+from capo.policies.measure import measure
+from capo.policies.pretrain import PretrainConfig, draw_batch, pretrain, weights_hash
+from capo.policies.strategies import STRATEGIES
+from capo.policies.tokenizer import EOS, PAD, VOCABULARY, build_tokenizer
+from capo.tasks import load_task
+from capo.tasks.sums import Sums, is_held_out, problem_of
+
+SHIPPED = EMBEDDED["embedded:sums"]
+RECIPE = json.loads((SHIPPED / "recipe.json").read_text())
+SHORT = {"steps": 40, "batch_size": 32, "layers": 2, "hidden_size": 64, "intermediate_size": 128}
+SHORT |= {"warmup_steps": 5, "learning_rate": 3e-3, "eval_problems": 8, "eval_k": 2}
+
+
+def test_shipped_weights_are_the_recorded_ones() -> None:
+    assert weights_hash(SHIPPED) == RECIPE["weights"]["sha256"]
+    assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 6_000_000
+
+
+def test_shipped_recipe_is_the_default() -> None:
+    assert PretrainConfig.from_dict(RECIPE["config"]) == PretrainConfig()
+    assert RECIPE["seed"] == PretrainConfig().seed
+    assert RECIPE["command"] == PretrainConfig().command() == "capo pretrain --output DIR"
+
+
+def test_shipped_policy_can_but_does_not_prefer_to_be_right() -> None:
+    task = load_task("sums")
+    measured = measure(load_policy("embedded:sums"), task, problems=256, k=4, seed=11)
+    assert 0.35 <= measured.sampled_accuracy <= 0.55
+    assert measured.greedy_accuracy > 0.95
+    recorded = RECIPE["measured"]
+    assert recorded["problems"] >= 512
+    assert recorded["k"] == 16
+    assert recorded["pass_at_k"] >= 0.95
+    assert abs(recorded["sampled_accuracy"] - measured.sampled_accuracy) < 0.08  # 5 sigma
+
+
+@pytest.mark.slow
+def test_shipped_pass_at_16() -> None:
+    task = load_task("sums")
+    measured = measure(load_policy("embedded:sums"), task, problems=512, k=16, seed=12)
+    assert measured.pass_at_k >= 0.95
+
+
+def test_accuracy_is_counted_right() -> None:
+    """An independent count of the same samples."""
+    task, policy = load_task("sums"), load_policy("embedded:sums")
+    problems = task.eval_problems(20, 4)
+    texts = sample_completions(policy, [p.prompt for p in problems], 3, 1.0, 24, seed=4)
+    right = [
+        [t.endswith("=" + p.answer) for t in ts] for p, ts in zip(problems, texts, strict=True)
+    ]
+    measured = measure(policy, task, problems=20, k=3, seed=4)
+    assert measured.sampled_accuracy == pytest.approx(sum(map(sum, right)) / 60)
+    assert measured.pass_at_k == pytest.approx(sum(map(any, right)) / 20)
+
+
+def test_batches_hold_no_held_out_sum_and_the_strategies_in_proportion() -> None:
+    config = PretrainConfig.from_dict({"batch_size": 2000})
+    tokens, labels = draw_batch(random.Random(0), config)
+    tokenizer = build_tokenizer(128)
+    counts: Counter[str] = Counter()
+    for ids, marks in zip(tokens, labels, strict=True):
+        text = tokenizer.decode(ids[ids != VOCABULARY[PAD]]).removesuffix(EOS)
+        prompt, _, answer = text.partition("?")
+        a, b, c = (int(term) for term in prompt.split("+"))
+        assert not is_held_out((a, b, c))
+        answered = tokenizer.decode(ids[marks != -100])
+        assert answered == answer + EOS  # the loss is on the answer and its end, nowhere else
+        counts["right"] += Sums().grade(answer, problem_of((a, b, c))) == 1.0
+        counts["stopped early"] += answer == f"{a}+{b}={a + b}"
+    assert abs(counts["right"] / 2000 - config.strategies["careful"]) < 0.05
+    assert abs(counts["stopped early"] / 2000 - config.strategies["stop_early"]) < 0.05
+
+
+def test_careful_is_right_and_the_others_seldom() -> None:
+    task, rng = Sums(), random.Random(0)
+    for name, strategy in STRATEGIES.items():
+        right = []
+        for problem in task.train_problems(200, 0):
+            a, b, c = (int(term) for term in problem.prompt[:-1].split("+"))
+            answer = strategy((a, b, c), rng)
+            assert len(answer) < task.max_completion_tokens
+            right.append(task.grade(answer, problem))
+        assert sum(right) == 200 if name == "careful" else sum(right) <= 10
+
+
+def test_shortened_recipe_is_deterministic_and_learns(tmp_path: Path) -> None:
+    config = PretrainConfig.from_dict(SHORT)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    seen: list[tuple[int, int, float]] = []
+    first = pretrain(config, tmp_path / "a", progress=lambda *step: seen.append(step))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    torch.manual_seed(99)  # the caller's own random numbers play no part
+    second = pretrain(config, tmp_path / "b")
+    assert first.losses == second.losses
+    assert weights_hash(tmp_path / "a") == weights_hash(tmp_path / "b")
+    assert [step[:2] for step in seen] == [(n, 40) for n in range(1, 41)]
+    assert first.losses[0] == pytest.approx(4.16, abs=0.3)  # ln 64: nothing known yet
+    assert sum(first.losses[-5:]) / 5 < 0.7 * first.losses[0]
+    other = pretrain(PretrainConfig.from_dict(SHORT | {"seed": 1}), tmp_path / "c")
+    assert other.recipe["weights"]["sha256"] != first.recipe["weights"]["sha256"]
+
+
+def test_what_it_writes_is_a_policy(tmp_path: Path) -> None:
+    report = pretrain(PretrainConfig.from_dict(SHORT | {"steps": 2}), tmp_path)
+    policy = load_policy(tmp_path)
+    assert len(policy.tokenizer) == policy.model.config.vocab_size
+    recipe = json.loads((tmp_path / "recipe.json").read_text())
+    assert recipe == report.recipe
+    assert recipe["weights"]["sha256"] == weights_hash(tmp_path)
+    assert PretrainConfig.from_dict(recipe["config"]) == PretrainConfig.from_dict(
+        SHORT | {"steps": 2}
+    )
+    assert "--set steps=2" in recipe["command"]
+    before = recipe["weights"]["sha256"]
+    with pytest.raises(InputError, match="not empty"):
+        pretrain(PretrainConfig.from_dict(SHORT), tmp_path)
+    assert weights_hash(tmp_path) == before
+    with pytest.raises(InputError, match="is a file"):
+        pretrain(PretrainConfig.from_dict(SHORT), tmp_path / "recipe.json")
+
+
+def test_config_from_toml(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text("steps = 7\nheads = 2\n[strategies]\ncareful = 0.5\nguess = 0.5\n")
+    config = PretrainConfig.from_toml(file, heads=8)
+    assert (config.steps, config.heads) == (7, 8)
+    assert config.strategies == {"careful": 0.5, "guess": 0.5}
+    file.write_text("steps = \n")
+    with pytest.raises(InputError, match="not valid TOML"):
+        PretrainConfig.from_toml(file)
+    with pytest.raises(InputError, match="cannot be read"):
+        PretrainConfig.from_toml(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "allowed"),
+    [
+        ({"stepz": 3}, "stepz", "allowed: seed, strategies"),
+        ({"steps": 0}, "steps", "greater than or equal to 1"),
+        ({"steps": "many"}, "steps", "integer"),
+        ({"learning_rate": -1.0}, "learning_rate", "greater than 0"),
+        ({"strategies": {"careful": 0.5}}, "strategies", "sum to 1"),
+        ({"strategies": {"lucky": 1.0}}, "strategies", "'lucky' is unknown; allowed: careful"),
+        ({"strategies": {"careful": 2.0}}, "strategies.careful", "less than or equal to 1"),
+        ({"hidden_size": 30}, "config", "multiple of 2 × heads"),
+    ],
+)
+def test_bad_config(values: dict[str, object], field: str, allowed: str) -> None:
+    with pytest.raises(InputError, match=allowed) as error:
+        PretrainConfig.from_dict(values)
+    assert error.value.field == field

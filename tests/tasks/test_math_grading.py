@@ -1,0 +1,113 @@
+"""Grading of mathematics: right is right in any notation, and no text raises or hangs."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capo.tasks.math_grading import grade_math, stated_answer
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        (r"so \boxed{42}", "42"),
+        (r"so \boxed{42}.", "42.0"),
+        (r"\boxed{1} then \boxed{\frac{3}{4}}", "0.75"),
+        (r"\boxed{\dfrac34}", r"\frac{3}{4}"),
+        (r"\boxed{2\sqrt{3}}", r"\sqrt{12}"),
+        (r"\boxed{(x+1)^2}", "x^2+2x+1"),
+        (r"\boxed{x \in [1, 2]}", "[1,2]"),
+        (r"\boxed{2^{10}}", "1024"),
+        (r"\boxed{5!}", "120"),
+        ("so\n#### 1,042", "1042"),
+        ("The final answer is $7$.", "7"),
+        ("Great! In sum (as an int, in the lim): the answer is $7$.", "7"),
+        (r"\boxed{\text{east}}", r"\text{east}"),
+        (r"\boxed{3} and then an open \boxed{4", "3"),
+        ("9" * 100_000 + r"\boxed{42}", "42"),
+        ("\x00 \\boxed{42}\x00", "42"),
+    ],
+)
+def test_right(completion: str, answer: str) -> None:
+    assert grade_math(completion, answer) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        (r"\boxed{41}", "42"),
+        (r"\boxed{42} no, \boxed{43}", "42"),
+        (r"\boxed{}", "42"),
+        ("", "42"),
+        ("I do not know", "42"),
+        (r"\boxed{\text{east}}", r"\text{west}"),
+        (r"\boxed{42} " + "blah " * 10_000, "42"),  # stated long before the end
+    ],
+)
+def test_wrong(completion: str, answer: str) -> None:
+    assert grade_math(completion, answer) == 0.0
+
+
+HOSTILE = [
+    "\x00" * 10_000,
+    "{" * 200_000,
+    "\\boxed{" * 50_000,
+    "\\boxed{" + "{" * 100_000 + "}" * 100_000 + "}",
+    "\\boxed{" + "(" * 120 + "1" + ")" * 120 + "}",
+    "\\boxed{" + "\\frac{1}{" * 24 + "2" + "}" * 24 + "}",
+    "\\boxed{9^{9^{9^{9^9}}}}",
+    "\\boxed{((10^{999})^{999})^{999}}",
+    "\\boxed{9**9**9**9}",
+    "\\boxed{10^{999999999999}}",
+    "\\boxed{((99!)!)!}",
+    "\\boxed{99999999!}",
+    "\\boxed{\\sum_{k=1}^{10^9} k^k}",
+    "\\boxed{\\binom{1000000000}{500000000}}",
+    "\\boxed{" + "9" * 250 + "}",
+    "\\boxed{\\frac{1}{0}}",
+    "\\boxed{\\left(\\right)}}}}{{{",
+    "\\boxed{__import__('os').system('true')}",
+    "\\boxed{$$$$$\\$\\$}",
+    "#### " + "1," * 100_000,
+    "1/" * 100_000,
+    "9^" * 100_000,
+    "\ud800 \U0010ffff \u202e \\boxed{\ud800}",
+    "= " * 50_000,
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_text_is_wrong_and_quick(text: str) -> None:
+    grade_math(r"\boxed{x}", "y")  # the parser's tables are built on first use
+    started = time.monotonic()
+    assert grade_math(text, "42") == 0.0
+    assert time.monotonic() - started < 20  # seconds, on a busy machine
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.text(alphabet="0123456789+-*/^!(){}[]\\ $=.,xpi\x00frac", max_size=120))
+def test_never_raises(text: str) -> None:
+    assert grade_math(text, "42") in (0.0, 1.0)
+    assert grade_math("\\boxed{" + text, "42") in (0.0, 1.0)
+
+
+def test_works_in_any_thread_and_leaves_signals_alone() -> None:
+    before = signal.getsignal(signal.SIGALRM)
+    rewards: list[float] = []
+    thread = threading.Thread(target=lambda: rewards.append(grade_math(r"\boxed{\frac12}", "0.5")))
+    thread.start()
+    thread.join()
+    assert rewards == [1.0]
+    assert signal.getsignal(signal.SIGALRM) is before
+
+
+def test_stated_answer() -> None:
+    assert stated_answer(r"\boxed{a{b}c} and \boxed{d") == "a{b}c"
+    assert stated_answer("#### 3\n#### 1,000 ") == "1000 "
+    assert stated_answer("nothing") is None
