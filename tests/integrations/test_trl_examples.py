@@ -13,6 +13,7 @@ from capo.lab import bench_step
 EXAMPLE = Path(__file__).parents[2] / "examples" / "trl_minimal.py"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 def test_minimal_example(tmp_path: Path) -> None:
@@ -30,6 +31,7 @@ def test_minimal_example(tmp_path: Path) -> None:
         assert row["capo/policy_shift/max"] > 0
 
 
+@pytest.mark.slow
 def test_benchmark_pairs_equal_work(capsys: pytest.CaptureFixture[str]) -> None:
     """What the figure is, not how large: that is for a machine with nothing else to do."""
     result = bench_step.bench_step(steps=2, warmup=0, rounds=2, threads=1, completions=16)

@@ -86,8 +86,15 @@ def test_accumulated_gradient_is_the_heads(tmp_path: Path, loss_type: str, level
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"loss_type": "dapo", "num_iterations": 2, "gradient_accumulation_steps": 2}],
-    ids=["grpo", "iterated dapo"],
+    [
+        {},
+        {"loss_type": "dapo", "num_iterations": 2, "gradient_accumulation_steps": 2},
+        {"bf16": True},
+        {"activation_checkpointing": True, "cast_lm_head_to_fp32": True},
+        {"entropy_coef": 0.01, "top_entropy_quantile": 0.5, "mask_truncated_completions": True},
+        {"importance_sampling_level": "sequence", "off_policy_mask_threshold": 0.1, "delta": 2.0},
+    ],
+    ids=["grpo", "iterated dapo", "bf16", "checkpointed", "entropy", "off-policy mask"],
 )
 def test_accepting_everything_is_grpo_bit_for_bit(tmp_path: Path, settings: dict[str, Any]) -> None:
     """Judging reads and never touches: neither the gradients nor the random numbers."""
