@@ -179,3 +179,31 @@ def test_nothing_unmasked_is_no_error(
     assert selection.weights.sum() == 0
     assert selection.rejection_rate == 0
     assert all(rate == 0 for rate in selection.rejection_rate_by_reason.values())
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("temperature", {"temperature": "1"}),
+        ("top_k", {"top_k": True}),
+        ("hidden", {"hidden": [[0.0, 1.0]]}),
+        ("mask", {"mask": [True]}),
+    ],
+)
+def test_values_of_another_type_are_named(field: str, change: dict[str, object]) -> None:
+    good = {
+        "hidden": torch.zeros(1, 2),
+        "head_weight": torch.eye(3, 2),
+        "token_ids": torch.tensor([1]),
+        "advantages": torch.ones(1),
+        "step": capo.SGDStep(0.1),
+    }
+    capo.token_curvature(**good)  # type: ignore[arg-type]
+    with pytest.raises(capo.InputError) as error:
+        capo.token_curvature(**{**good, **change})  # type: ignore[arg-type]
+    assert error.value.field == field
+
+
+def test_nesterov_needs_what_torch_needs() -> None:
+    with pytest.raises(capo.InputError, match="nesterov"):
+        capo.MomentumStep(0.1, 0.9, dampening=0.1, nesterov=True)

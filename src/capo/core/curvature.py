@@ -22,6 +22,7 @@ from capo.core.validation import (
     check_choices,
     check_mask,
     check_shapes,
+    check_tensors,
     check_tokens,
     make_head,
     report_non_finite,
@@ -123,6 +124,16 @@ def token_curvature(
 
     Source: arXiv 2510.00819, eq. 7–10; ``core/README.md``, eq. 1–12.
     """
+    check_tensors(
+        hidden=hidden,
+        head_weight=head_weight,
+        token_ids=token_ids,
+        advantages=advantages,
+        coefficients=coefficients,
+        head_bias=head_bias,
+        sequence_ids=sequence_ids,
+        mask=mask,
+    )
     shape = token_ids.shape
     head = make_head(hidden, head_weight, head_bias, temperature, logit_scale, logit_softcap)
     check_step_shape(step, *head_weight.shape)

@@ -95,6 +95,11 @@ class MomentumStep:
         """Check the hyper-parameters."""
         _require_finite(self.lr, "lr", minimum=0.0)
         _require(0.0 <= self.momentum < 1.0, "momentum", f"must be in [0, 1), got {self.momentum}.")
+        _require(
+            not self.nesterov or (self.momentum > 0 and self.dampening == 0),
+            "nesterov",
+            "needs a momentum and zero dampening, as torch.optim.SGD does.",
+        )
         _require_finite(self.weight_decay, "weight_decay", minimum=0.0)
         _require_finite(self.grad_scale, "grad_scale", minimum=0.0)
 

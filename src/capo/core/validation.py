@@ -33,11 +33,11 @@ def make_head(
         raise InputError(
             "head_bias", f"must be [{head_weight.shape[0]}], got {tuple(head_bias.shape)}."
         )
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not (_is_finite(temperature) and temperature > 0):
         raise InputError("temperature", f"must be a finite number > 0, got {temperature!r}.")
-    if not math.isfinite(logit_scale):
+    if not _is_finite(logit_scale):
         raise InputError("logit_scale", f"must be a finite number, got {logit_scale!r}.")
-    if logit_softcap is not None and not (math.isfinite(logit_softcap) and logit_softcap > 0):
+    if logit_softcap is not None and not (_is_finite(logit_softcap) and logit_softcap > 0):
         raise InputError(
             "logit_softcap", f"must be a finite number > 0 or None, got {logit_softcap!r}."
         )
@@ -52,6 +52,17 @@ def make_head(
     )
 
 
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def check_tensors(**tensors: object) -> None:
+    """Raise :class:`InputError` unless every argument is a tensor (or None)."""
+    for name, value in tensors.items():
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise InputError(name, f"must be a torch.Tensor, got {type(value).__name__}.")
+
+
 def check_choices(
     fisher: str, granularity: str, impl: str, top_k: int | None, renormalize: bool, vocabulary: int
 ) -> None:
@@ -63,7 +74,8 @@ def check_choices(
     ):
         if value not in allowed:
             raise InputError(name, f"must be one of {', '.join(allowed)}, got {value!r}.")
-    if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= vocabulary):
+    whole = isinstance(top_k, int) and not isinstance(top_k, bool)
+    if top_k is not None and not (whole and 1 <= top_k <= vocabulary):
         raise InputError("top_k", f"must be an integer from 1 to V = {vocabulary}, got {top_k!r}.")
     if top_k is not None and not renormalize and granularity != "token":
         raise InputError(

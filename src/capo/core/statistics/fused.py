@@ -71,7 +71,7 @@ def adam_rows(
         if fused is not None:
             try:
                 arguments = (hidden, coefficient.contiguous(), exp_avg, exp_avg_sq, rows, constants)
-                return fused(*arguments)
+                return _call(fused, *arguments)
             except Exception as error:  # a broken tool chain must not end a training run
                 _disable(error)
     out = hidden.new_empty(n, k)
@@ -122,6 +122,7 @@ def adam_without_moments(
 
 class _State:
     function: Callable[..., Any] | None = None
+    ready: bool = False
     failed: bool = False
 
 
@@ -140,6 +141,16 @@ def _compiled() -> Callable[..., Tensor] | None:
     if _State.function is None:
         _State.function = torch.compile(definition, dynamic=True, fullgraph=True)
     return _State.function
+
+
+def _call(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+    if _State.ready:
+        return function(*arguments)
+    with warnings.catch_warnings():  # the compiler's own deprecations are no concern of the user's
+        warnings.simplefilter("ignore")
+        out = function(*arguments)
+    _State.ready = True
+    return out
 
 
 def _disable(error: Exception) -> None:

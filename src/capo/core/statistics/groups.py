@@ -88,14 +88,26 @@ def _judge_rows(group: Problem) -> Statistics:
     return judge_candidates(group, sampled, candidates, rest.lse, rest.entropy, project)
 
 
+DENSE_ROWS = 16  # × K: below this many used rows one matmul beats scattered additions
+
+
 def scatter_gradient(
     coefficient: Float[Tensor, "n k"],
     hidden: Float[Tensor, "n d"],
     position: Int[Tensor, "n k"],
     rows: int,
 ) -> Float[Tensor, "rows d"]:
-    """``Σ_i c_ij h_i`` added into row ``position[i, j]``, a column of the sets at a time."""
+    """``Σ_i c_ij h_i`` added into row ``position[i, j]`` of ``rows`` used rows."""
+    n, k = position.shape
     gradient = hidden.new_zeros(rows, hidden.shape[1])
-    for j in range(position.shape[1]):
-        gradient.index_add_(0, position[:, j], coefficient[:, j, None] * hidden)
+    if rows > DENSE_ROWS * k:
+        for j in range(k):
+            gradient.index_add_(0, position[:, j], coefficient[:, j, None] * hidden)
+        return gradient
+    size = max(1, current().logit_buffer // rows)
+    for start in range(0, n, size):
+        part = slice(start, start + size)
+        dense = hidden.new_zeros(hidden[part].shape[0], rows)
+        dense.scatter_add_(1, position[part], coefficient[part])
+        gradient.addmm_(dense.T, hidden[part])
     return gradient

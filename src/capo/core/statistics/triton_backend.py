@@ -11,9 +11,9 @@ and the largest of each vocabulary tile. The K − 1 largest logits lie in the K
 maxima, so only those are sorted: writing 4 bytes a logit beside 2·d operations costs little, and no
 sorting network runs inside the product.
 
-16-bit inputs are multiplied as they are and accumulated in float32; float32 inputs as
-``torch.set_float32_matmul_precision`` says; float64 goes to the chunked backend (tensor cores have no
-use for it, and whoever asks for float64 wants a reference).
+16-bit inputs are multiplied as they are and accumulated in float32; a float32 step beside 16-bit hidden
+states in three TF32 products; float32 hidden states as ``torch.set_float32_matmul_precision`` says.
+float64 goes to the chunked backend: whoever asks for float64 wants a reference.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from capo.core.statistics import chunked, triton_launch
 from capo.core.statistics.fused import AdamScalars
 from capo.core.statistics.judged import Candidates, Sampled, judge_candidates
 from capo.core.statistics.projection import gradient_scale
+from capo.core.statistics.rest import ABSENT
 from capo.core.statistics.result import Statistics
 from capo.core.statistics.triton_launch import Keys, Moved, over_rows
 from capo.core.steps import AdamStep, GivenStep, MomentumStep, SGDStep
@@ -141,7 +142,8 @@ def _judge_projected(p: Problem) -> Statistics:
         moved = Moved(matrix=p.step.delta)
     else:
         rest, _ = triton_launch.rest(p)
-        moved = _moved(p, torch.sigmoid(rest.lse - sampled.z), rest.lse)
+        # With V = 1 there is no rest: −∞ would meet the absent logit as ∞ − ∞.
+        moved = _moved(p, torch.sigmoid(rest.lse - sampled.z), rest.lse.clamp_min(ABSENT))
     values, _ = triton_launch.rest(p, "projected", moved)
     lse, entropy = (values.lse, values.entropy) if rest is None else (rest.lse, rest.entropy)
     log_odds = sampled.z - lse

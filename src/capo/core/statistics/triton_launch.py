@@ -47,7 +47,10 @@ _OVERRIDE: ContextVar[dict[str, int | None]] = ContextVar("capo_triton_tiling", 
 
 @contextmanager
 def tiling(**changes: int | None) -> Iterator[None]:
-    """Change block sizes inside a ``with`` block: ``tiling(tokens=64, rows=256, stages=4)``."""
+    """Change block sizes inside a ``with`` block; None: from the table.
+
+    ``tiling(tokens=64, rows=256, stages=4)``
+    """
     token = _OVERRIDE.set(_OVERRIDE.get() | changes)
     try:
         yield
@@ -99,8 +102,13 @@ def _device(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def _precision() -> str:
-    """How float32 operands are multiplied: as torch's own matmul is told to."""
+def _precision(hidden: Tensor) -> str:
+    """How operands that meet in float32 are multiplied."""
+    if hidden.dtype in NARROW:
+        # Exact in TF32 (bf16 has 8 bits of mantissa, fp16 and TF32 11), so that the two halves into
+        # which "tf32x3" splits the other operand keep 22 of its 24 bits, on the tensor cores.
+        return "tf32x3"
+    # float32 hidden states: as torch's own matmul is told to.
     return {"highest": "ieee", "high": "tf32x3"}.get(torch.get_float32_matmul_precision(), "tf32")
 
 
@@ -109,31 +117,36 @@ def _cast(hidden: Tensor, other: Tensor) -> bool:
     return hidden.dtype != other.dtype or hidden.dtype not in NARROW or interpreted()
 
 
-def choose(hidden: Tensor, weight: Tensor, moved: Moved | None = None) -> Tiling:
-    """Block sizes for the given operands on the device they are on."""
+def choose(hidden: Tensor, head: Head, moved: Moved | None = None) -> Tiling:
+    """Block sizes for the given operands on the device they are on.
+
+    Registers set the limit: 128 × 256 float32 accumulators leave room for the online softmax without
+    spilling, but not for a second product or the soft-cap's derivatives (compiled for sm_90).
+    """
     matrix = None if moved is None else moved.matrix
-    wide = _cast(hidden, weight) or (matrix is not None and _cast(hidden, matrix))
+    wide = _cast(hidden, head.weight) or (matrix is not None and _cast(hidden, matrix))
     large = True
     if hidden.is_cuda:
         properties: Any = torch.cuda.get_device_properties(hidden.device)
         large = getattr(properties, "shared_memory_per_block_optin", 0) >= LARGE_SHARED_MEMORY
     frozen = moved is not None and moved.square is not None  # three products
-    if frozen or (wide and _precision() == "ieee"):  # "ieee": no tensor cores, many registers
+    if frozen or (wide and _precision(hidden) == "ieee"):  # "ieee": no tensor cores
         best = Tiling(tokens=64, rows=64, width=32, warps=8, stages=2)
     elif wide:
         best = Tiling(tokens=64, rows=128, width=32, warps=8, stages=2)
     elif not large:
         best = Tiling(tokens=64, rows=128, width=32, warps=4, stages=2)
-    elif matrix is not None:
+    elif matrix is not None or head.softcap is not None:
         best = Tiling(tokens=128, rows=128, width=64, warps=8, stages=3)
     else:  # one product of 16-bit operands: the wider tile halves the traffic from the L2 cache
         best = Tiling(tokens=128, rows=256, width=64, warps=8, stages=3)
-    return replace(best, **_OVERRIDE.get())  # type: ignore[arg-type]
+    changes = {name: value for name, value in _OVERRIDE.get().items() if value is not None}
+    return replace(best, **changes)
 
 
 def held_tokens(hidden: Tensor, head: Head) -> int:
     """How many tokens' logits may be held, a multiple of the token block where it can be."""
-    plan = choose(hidden, head.weight)
+    plan = choose(hidden, head)
     count = plan.held // (-(-head.vocabulary // plan.rows) * plan.rows)
     return max(1, count - count % plan.tokens if count > plan.tokens else count)
 
@@ -159,7 +172,7 @@ def rest(
     moved = moved or Moved()
     matrix = weight if moved.matrix is None else moved.matrix
     square = matrix if moved.square is None else moved.square
-    plan = choose(hidden, weight, moved)
+    plan = choose(hidden, head, moved)
     n, (v, d) = hidden.shape[0], weight.shape
     blocks, tiles = -(-n // plan.tokens), -(-v // plan.rows)
     slice_tiles = -(-tiles // min(tiles, plan.splits or _splits(hidden, blocks)))
@@ -203,10 +216,10 @@ def rest(
             bend_scale,
             1.0 / head.temperature,
             keys_sign or 1.0,
-            moved.factor,
-            moved.decay,
-            moved.inverse_correction,
-            moved.eps,
+            float(moved.factor),
+            float(moved.decay),
+            float(moved.inverse_correction),
+            float(moved.eps),
             SOFTCAP=head.softcap is not None,
             BIAS=head.bias is not None,
             VALUES=values,
@@ -216,7 +229,7 @@ def rest(
             KEYS=keys_sign is not None,
             CAST_WEIGHT=_cast(hidden, weight),
             CAST_MATRIX=_cast(hidden, matrix),
-            PRECISION=_precision(),
+            PRECISION=_precision(hidden),
             BLOCK_N=plan.tokens,
             BLOCK_V=plan.rows,
             BLOCK_D=plan.width,
@@ -321,7 +334,7 @@ def over_rows(
         if scalars is None
         else (scalars.momentum, scalars.fresh, scalars.keep, scalars.new, scalars.eps)
     )
-    block_k, block_d = (8, 256) if hidden.is_cuda else (4, 8)
+    block_k, block_d = (8, 256) if hidden.is_cuda else (16, 16)
     with _device(hidden):
         triton_row_kernels.rows_kernel[(n * -(-k // block_k),)](
             hidden,
@@ -337,7 +350,7 @@ def over_rows(
             *coefficient.stride(),
             *first.stride(),
             *second.stride(),
-            *numbers,
+            *map(float, numbers),
             KIND=kind,
             BLOCK_K=block_k,
             BLOCK_D=block_d,
