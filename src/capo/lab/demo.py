@@ -117,8 +117,8 @@ def verdict(summaries: list[Summary]) -> list[str]:
         return sentences
     if aggressive.collapsed and capo.collapsed:
         sentences.append(
-            "CAPO's token masks did not rescue the aggressive run here: Adam normalises the step, "
-            "so that masking tokens does not shorten it."
+            "CAPO's token masks did not rescue the aggressive run here. A likely reason: Adam "
+            "normalises the step, so that masking tokens does not shorten it."
         )
     elif aggressive.collapsed:
         sentences.append("CAPO's token masks kept the aggressive run from collapsing.")
