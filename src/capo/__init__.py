@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from capo.core.budget import Budget, Interaction, interaction
-from capo.core.curvature import TokenCurvature, TruncationBound, token_curvature
-from capo.core.errors import InputError
-from capo.core.moments import LastLayerMoments
-from capo.core.proposed import proposed_step
-from capo.core.rules import NatsThreshold, QuantileThresholds, SoftThresholds
-from capo.core.selection import PAPER_THRESHOLDS, Reason, Selection, Thresholds, select
-from capo.core.steps import AdamStep, GivenStep, MomentumStep, SGDStep
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from capo.core.budget import Budget, Interaction, interaction
+    from capo.core.curvature import TokenCurvature, TruncationBound, token_curvature
+    from capo.core.errors import InputError
+    from capo.core.moments import LastLayerMoments
+    from capo.core.proposed import proposed_step
+    from capo.core.rules import NatsThreshold, QuantileThresholds, SoftThresholds
+    from capo.core.selection import PAPER_THRESHOLDS, Reason, Selection, Thresholds, select
+    from capo.core.steps import AdamStep, GivenStep, MomentumStep, SGDStep
 
 __version__ = "0.1.0"
 
@@ -37,3 +41,38 @@ __all__ = [
     "select",
     "token_curvature",
 ]
+
+# The core needs torch, which takes a second to import: too long for `capo --help`.
+_HOMES = {
+    "Budget": "capo.core.budget",
+    "Interaction": "capo.core.budget",
+    "interaction": "capo.core.budget",
+    "TokenCurvature": "capo.core.curvature",
+    "TruncationBound": "capo.core.curvature",
+    "token_curvature": "capo.core.curvature",
+    "InputError": "capo.core.errors",
+    "LastLayerMoments": "capo.core.moments",
+    "proposed_step": "capo.core.proposed",
+    "NatsThreshold": "capo.core.rules",
+    "QuantileThresholds": "capo.core.rules",
+    "SoftThresholds": "capo.core.rules",
+    "PAPER_THRESHOLDS": "capo.core.selection",
+    "Reason": "capo.core.selection",
+    "Selection": "capo.core.selection",
+    "Thresholds": "capo.core.selection",
+    "select": "capo.core.selection",
+    "AdamStep": "capo.core.steps",
+    "GivenStep": "capo.core.steps",
+    "MomentumStep": "capo.core.steps",
+    "SGDStep": "capo.core.steps",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -9,15 +9,26 @@ Three loops, chosen by what the step needs of the distribution (README, §5):
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from capo.core.statistics import fused
 from capo.core.statistics.judged import Candidates, Sampled, judge_candidates, values
 from capo.core.statistics.options import current
 from capo.core.statistics.problem import Activation
 from capo.core.statistics.projection import project_block
-from capo.core.statistics.rest import ABSENT, Rest, Weights, dot, locate, merge, weigh
+from capo.core.statistics.rest import (
+    ABSENT,
+    Rest,
+    Weights,
+    dot,
+    locate,
+    merge,
+    rest_of_sums,
+    weigh,
+)
 from capo.core.statistics.result import Statistics
 from capo.core.statistics.topk import RunningTopK
 from capo.core.steps import GivenStep, SGDStep
@@ -47,11 +58,13 @@ def compute(problem: Problem) -> Statistics:
     return Statistics.concatenate([judge(chunk) for chunk in chunks])
 
 
-def vocabulary_blocks(vocabulary: int) -> Iterator[slice]:
+def vocabulary_blocks(vocabulary: int, within: slice | None = None) -> Iterator[slice]:
     """Contiguous row blocks of ``vocab_chunk`` rows."""
-    size = current().vocab_chunk
-    for start in range(0, vocabulary, size):
-        yield slice(start, min(start + size, vocabulary))
+    size, first, last = current().vocab_chunk, 0, vocabulary
+    if within is not None:
+        first, last = within.start, within.stop
+    for start in range(first, last, size):
+        yield slice(start, min(start + size, last))
 
 
 class _SampledGatherer:
@@ -86,8 +99,7 @@ def _judge_one_pass(chunk: Problem) -> Statistics:
         position, present = locate(chunk.token_ids, block)
         gatherer.take(act, position, present)
         if isinstance(step, SGDStep):
-            weights = weigh(act.z, position, present)
-            piece = _sgd_block(weights, act)
+            piece = _sgd_block(chunk, act, position, present)
         else:
             q = project_block(step, h, act.z, head.weight, block)  # act.z: unused by a given step
             gatherer.q = torch.where(present, q.gather(1, position[:, None])[:, 0], gatherer.q)
@@ -109,27 +121,36 @@ def _judge_one_pass(chunk: Problem) -> Statistics:
     return _full_statistics(log_odds, rest.entropy, u_a, mean, var, bend_gap)
 
 
-def _sgd_block(weights: Weights, act: Activation) -> Rest:
-    tiny = torch.finfo(weights.e.dtype).tiny
-    pi = weights.e / weights.total.clamp_min(tiny)[:, None]
-    if act.bend is None or not isinstance(act.slope, torch.Tensor):
-        # Constant slope: E[π′] and Var(π′), scaled once per token instead of once per logit.
-        assert isinstance(act.slope, float)
-        mean, var = weights.moments(pi)
+def _sgd_block(
+    chunk: Problem, act: Activation, position: Int[Tensor, "n"], present: Bool[Tensor, "n"]
+) -> Rest:
+    """Block statistics of the values ``φ′² π′`` (and ``φ″ φ′² π′²``)."""
+    if isinstance(act.slope, float):
         squared = act.slope**2
-        return Rest(
-            weights.lse,
-            weights.entropy,
-            squared * mean,
-            squared**2 * var,
-            torch.zeros_like(mean),
-            degree=1,
-        )
+        rest = _square_block(chunk, act.z, position, present)
+        # Constant slope: scaled once per token instead of once per logit.
+        return replace(rest, mean=squared * rest.mean, var=squared**2 * rest.var)
+    weights = weigh(act.z, position, present)
+    pi = weights.e / weights.total.clamp_min(torch.finfo(weights.e.dtype).tiny)[:, None]
     value = act.slope * act.slope * pi
     mean, var = weights.moments(value)
-    return Rest(
-        weights.lse, weights.entropy, mean, var, weights.mean(act.bend * value * pi), degree=1
-    )
+    assert act.bend is not None
+    bend = weights.mean(act.bend * value * pi)
+    return Rest(weights.lse, weights.entropy, mean, var, bend, degree=1)
+
+
+def _square_block(
+    chunk: Problem, z: Float[Tensor, "n v"], position: Int[Tensor, "n"], present: Bool[Tensor, "n"]
+) -> Rest:
+    """Block statistics of the values ``π′`` themselves."""
+    if fused.pays(chunk.hidden.shape[0] * chunk.head.vocabulary, z.device):
+        sums = fused.softmax_sums(z, torch.where(present, position, -1), squares=True)
+        if sums is not None:
+            return rest_of_sums(*sums)
+    weights = weigh(z, position, present)
+    pi = weights.e / weights.total.clamp_min(torch.finfo(weights.e.dtype).tiny)[:, None]
+    mean, var = weights.moments(pi)
+    return Rest(weights.lse, weights.entropy, mean, var, torch.zeros_like(mean), degree=1)
 
 
 def _values_block(
@@ -152,7 +173,7 @@ def normalise(chunk: Problem, held: Float[Tensor, "n V"] | None = None) -> tuple
         act = head.activate(y)
         position, present = locate(chunk.token_ids, block)
         gatherer.take(act, position, present)
-        rest = merge(rest, _bare_block(weigh(act.z, position, present)))
+        rest = merge(rest, _bare_block(chunk, act.z, position, present))
     return rest, gatherer.sampled()
 
 
@@ -234,28 +255,44 @@ def _judge_top_k(chunk: Problem) -> Statistics:
 
 
 def find_rivals(chunk: Problem) -> tuple[Rest, Sampled, Candidates]:
-    """The normaliser and the K − 1 largest logits besides the sampled token's."""
+    """The normaliser and the K − 1 largest logits besides the sampled token's.
+
+    Logits are made block by block and sorted stretch by stretch: a stretch is as many blocks as
+    ``logit_buffer`` holds, since what sorting costs is mostly per row and call.
+    """
     assert chunk.top_k is not None
     head, h = chunk.head, chunk.hidden
     rest = Rest.empty(h[:, 0])
     gatherer = _SampledGatherer(h[:, 0])
-    # φ is increasing, so the largest raw logits are the largest logits.
     left_out = torch.full_like(h[:, 0], -torch.inf)
+    # φ is increasing, so the largest raw logits are the largest logits.
     rivals = RunningTopK(h[:, 0], chunk.top_k - 1, descending=head.scale >= 0)
-    for block in vocabulary_blocks(head.vocabulary):
-        y = head.raw(h, block)
-        position, present = locate(chunk.token_ids, block)
-        columns, evicted = rivals.update(y, block.start, position, present)
-        act = head.activate(y)
-        gatherer.take(act, position, present)
-        weights = weigh(act.z, position, present)
-        rest = merge(rest, _bare_block(weights))
+    for stretch in _stretches(head.vocabulary, h.shape[0]):
+        held = h.new_empty(h.shape[0], stretch.stop - stretch.start)
+        for block in vocabulary_blocks(head.vocabulary, within=stretch):
+            y = head.raw(h, block)
+            held[:, block.start - stretch.start : block.stop - stretch.start] = y
+            act = head.activate(y)
+            position, present = locate(chunk.token_ids, block)
+            gatherer.take(act, position, present)
+            rest = merge(rest, _bare_block(chunk, act.z, position, present))
+        position, present = locate(chunk.token_ids, stretch)
+        columns, evicted = rivals.update(held, stretch.start, position, present)
         if not chunk.renormalize:
-            tiny = torch.finfo(weights.e.dtype).tiny  # an empty block: 0/tiny, not 0/0
-            never = weights.e.scatter_(1, columns, 0.0).sum(dim=1) / weights.total.clamp_min(tiny)
-            left_out = torch.logaddexp(left_out, weights.lse + never.log())
+            own = torch.where(present, position, held.shape[1])[:, None]
+            gone = torch.zeros_like(held[:, :1]).expand(-1, 1)
+            never = torch.cat([held, gone], 1).scatter_(1, torch.cat([columns, own], 1), ABSENT)
+            left_out = torch.logaddexp(left_out, _lse_of_rivals(head, never[:, :-1]))
             left_out = torch.logaddexp(left_out, _lse_of_rivals(head, evicted))
     return rest, gatherer.sampled(), Candidates(*rivals.result(), left_out)
+
+
+def _stretches(vocabulary: int, tokens: int) -> Iterator[slice]:
+    """Runs of whole vocabulary blocks whose logits fit into ``logit_buffer``."""
+    block = current().vocab_chunk
+    size = max(1, current().logit_buffer // (tokens * block)) * block
+    for start in range(0, vocabulary, size):
+        yield slice(start, min(start + size, vocabulary))
 
 
 def _lse_of_rivals(head: Head, y: Float[Tensor, "n e"]) -> Float[Tensor, "n"]:
@@ -263,7 +300,15 @@ def _lse_of_rivals(head: Head, y: Float[Tensor, "n e"]) -> Float[Tensor, "n"]:
     return torch.logsumexp(head.activate(y).z.masked_fill_(absent, -torch.inf), dim=1)
 
 
-def _bare_block(weights: Weights) -> Rest:
+def _bare_block(
+    chunk: Problem, z: Float[Tensor, "n v"], position: Int[Tensor, "n"], present: Bool[Tensor, "n"]
+) -> Rest:
+    """Normaliser and entropy of a block; ``z`` may be overwritten."""
+    if fused.pays(chunk.hidden.shape[0] * chunk.head.vocabulary, z.device):
+        sums = fused.softmax_sums(z, torch.where(present, position, -1), squares=False)
+        if sums is not None:
+            return rest_of_sums(*sums)
+    weights = weigh(z, position, present)
     zero = torch.zeros_like(weights.lse)
     return Rest(weights.lse, weights.entropy, zero, zero, zero)
 

@@ -1,8 +1,11 @@
-"""The one elementwise kernel that costs ``n·k·d``: a token's exact Adam step on given rows.
+"""The elementwise loops that cost something, fused by ``torch.compile`` where it pays.
 
-Two forms of the same sum. The plain one works through cache-sized pieces; the fused one is the
-three-line definition below handed to ``torch.compile``, which gathers, divides and reduces in one loop,
-so that no ``[n, k, d]`` tensor exists. Fused is used where it pays and a compiler is at hand.
+- A token's exact Adam step on given rows, ``n·k·d``: gathered, divided and reduced in one loop, so that no
+  ``[n, k, d]`` tensor exists. The plain form works through cache-sized pieces.
+- The sums of a block of logits: one pass instead of ten.
+
+Each is a few lines of torch (:func:`definition`, :func:`sums_definition`) that the compiler is handed;
+without a compiler, or for small work, the callers' plain forms run.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from capo.core.statistics.options import current
+from capo.core.statistics.rest import ABSENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,14 +70,11 @@ def adam_rows(
     n, k = rows.shape
     d = hidden.shape[1]
     constants = torch.tensor(astuple(scalars), dtype=hidden.dtype, device=hidden.device)
-    if n and _compile_pays(n * k * d, hidden.device):
-        fused = _compiled()
+    if n and pays(n * k * d, hidden.device):
+        arguments = (hidden, coefficient.contiguous(), exp_avg, exp_avg_sq, rows, constants)
+        fused: Tensor | None = _run(definition, *arguments)
         if fused is not None:
-            try:
-                arguments = (hidden, coefficient.contiguous(), exp_avg, exp_avg_sq, rows, constants)
-                return _call(fused, *arguments)
-            except Exception as error:  # a broken tool chain must not end a training run
-                _disable(error)
+            return fused
     out = hidden.new_empty(n, k)
     size = max(1, current().elementwise_block // max(1, k * d))
     for start in range(0, n, size):
@@ -120,44 +121,78 @@ def adam_without_moments(
     return out.mul_(scalars.fresh)
 
 
-class _State:
-    function: Callable[..., Any] | None = None
-    ready: bool = False
-    failed: bool = False
+def sums_definition(
+    z: Float[Tensor, "n v"], own: Int[Tensor, "n"]
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"], Float[Tensor, "n"]]:
+    """``max, Σe, Σe·(z−max)`` over all columns but ``own`` (−1: none)."""
+    is_own = torch.arange(z.shape[1], device=z.device)[None, :] == own[:, None]
+    top = torch.where(is_own, ABSENT, z).amax(1)
+    x = z - top[:, None]
+    e = torch.where(is_own, 0.0, x.exp())
+    # The sampled token may be far above the rest, where its exponential overflows: keep it out.
+    return top, e.sum(1), torch.where(is_own, 0.0, e * x).sum(1)
 
 
-def _compile_pays(work: int, device: torch.device) -> bool:
+def square_sums_definition(
+    z: Float[Tensor, "n v"], own: Int[Tensor, "n"]
+) -> tuple[Float[Tensor, "n"], ...]:
+    """The same and ``Σe(e−1), Σe(e−1)²``."""
+    is_own = torch.arange(z.shape[1], device=z.device)[None, :] == own[:, None]
+    top = torch.where(is_own, ABSENT, z).amax(1)
+    x = z - top[:, None]
+    e = torch.where(is_own, 0.0, x.exp())
+    y = e * (e - 1.0)
+    return top, e.sum(1), torch.where(is_own, 0.0, e * x).sum(1), y.sum(1), (y * (e - 1.0)).sum(1)
+
+
+def softmax_sums(
+    z: Float[Tensor, "n v"], own: Int[Tensor, "n"], *, squares: bool
+) -> tuple[Float[Tensor, "n"], ...] | None:
+    """One fused pass over a block, or None where the compiler failed."""
+    result = _run(square_sums_definition if squares else sums_definition, z, own)
+    return None if result is None else tuple(result)
+
+
+_compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
+_ready: set[Callable[..., Any]] = set()
+_broken: list[str] = []
+
+
+def pays(work: int, device: torch.device) -> bool:
+    """Whether to fuse a call over that many elements."""
     wanted = current().compile
     if wanted is not None:
-        return wanted and not _State.failed
-    if _State.failed or work < WORTH_COMPILING or device.type not in ("cpu", "cuda"):
+        return wanted and not _broken
+    if _broken or work < WORTH_COMPILING or device.type not in ("cpu", "cuda"):
         return False
     compiler = os.environ.get("CXX") or "g++"
     return device.type == "cuda" or shutil.which(compiler) is not None
 
 
-def _compiled() -> Callable[..., Tensor] | None:
-    """``definition`` under torch.compile, one graph for every shape (so that a resumed run reuses it)."""
-    if _State.function is None:
-        _State.function = torch.compile(definition, dynamic=True, fullgraph=True)
-    return _State.function
+def _run(function: Callable[..., Any], *arguments: Tensor) -> Any:
+    """``function`` under torch.compile, one graph for every shape, so that a resumed run reuses it.
 
-
-def _call(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
-    if _State.ready:
-        return function(*arguments)
-    with warnings.catch_warnings():  # the compiler's own deprecations are no concern of the user's
-        warnings.simplefilter("ignore")
-        out = function(*arguments)
-    _State.ready = True
-    return out
-
-
-def _disable(error: Exception) -> None:
-    _State.failed = True
-    warnings.warn(
-        f"torch.compile failed ({type(error).__name__}); CAPO's Adam statistics go on unfused. "
-        "Set capo.core.statistics.options(compile=False) to silence this.",
-        RuntimeWarning,
-        stacklevel=3,
-    )
+    None where the compiler failed: a broken tool chain must not end a training run.
+    """
+    if function not in _compiled:
+        _compiled[function] = torch.compile(function, dynamic=True, fullgraph=True)
+    fused = _compiled[function]
+    if function in _ready:
+        return fused(*arguments)
+    try:
+        with (
+            warnings.catch_warnings()
+        ):  # the compiler's own deprecations are no concern of the user's
+            warnings.simplefilter("ignore")
+            result = fused(*arguments)
+    except Exception as error:
+        _broken.append(repr(error))
+        warnings.warn(
+            f"torch.compile failed ({type(error).__name__}); CAPO's statistics go on unfused. "
+            "Set capo.core.statistics.options(compile=False) to silence this.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return None
+    _ready.add(function)
+    return result

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class Options:
     """Chunk sizes of the ``chunked`` backend."""
 
-    token_chunk: int = 1024  # tokens whose logits of one vocabulary block are held
-    vocab_chunk: int = 4096  # vocabulary rows a block
+    token_chunk: int = 256  # tokens whose logits of one vocabulary block are held
+    vocab_chunk: int = 1024  # vocabulary rows a block
     logit_buffer: int = 1 << 23  # elements held where a step needs a token's whole row of logits
     elementwise_block: int = 1 << 16  # elements of a cache-sized piece of elementwise work
     compile: bool | None = None  # fuse with torch.compile: True, False, or where it pays (None)

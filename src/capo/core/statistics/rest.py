@@ -128,6 +128,32 @@ def weigh(
     return Weights(e, total, lse.masked_fill(alone, -torch.inf), entropy.masked_fill(alone, 0.0))
 
 
+def rest_of_sums(
+    top: Float[Tensor, "n"],
+    total: Float[Tensor, "n"],
+    energy: Float[Tensor, "n"],
+    first: Float[Tensor, "n"] | None = None,
+    second: Float[Tensor, "n"] | None = None,
+) -> Rest:
+    """Block statistics from ``Σe, Σe·(z−max)`` and, of the values π′, ``Σe(e−1), Σe(e−1)²``.
+
+    The values are centred at their maximum (``e = 1``) before they are squared. Where their variance is
+    small beside their square they lie close to it, so little cancels: with ``P(max) ≥ 1/Σe`` the relative
+    rounding error of the variance is at most about ``eps · Σe``, and a block has few hundred entries.
+    """
+    safe = total.clamp_min(torch.finfo(total.dtype).tiny)
+    alone = total == 0
+    lse = (top + safe.log()).masked_fill(alone, -torch.inf)
+    entropy = (safe.log() - energy / safe).clamp_min(0.0).masked_fill(alone, 0.0)
+    zero = torch.zeros_like(lse)
+    if first is None or second is None:
+        return Rest(lse, entropy, zero, zero, zero)
+    mean_x = first / safe
+    mean = ((1.0 + mean_x) / safe).masked_fill(alone, 0.0)
+    var = ((second / safe - mean_x * mean_x).clamp_min(0.0) / (safe * safe)).masked_fill(alone, 0.0)
+    return Rest(lse, entropy, mean, var, zero, degree=1)
+
+
 def locate(token_ids: Int[Tensor, "n"], block: slice) -> tuple[Int[Tensor, "n"], Bool[Tensor, "n"]]:
     """Column of each sampled token in a vocabulary block, and whether it is there."""
     position = token_ids - block.start
