@@ -11,6 +11,7 @@ import pandas as pd
 
 from capo.lab.provenance import collect_provenance
 
+BASE_TOKENS = 1024  # N of the panel over V
 CURVES = ("SGD, with the logits", "Adam top-k, given the logits")
 
 
@@ -28,21 +29,27 @@ def write(result: dict[str, Any], output: Path) -> None:
         chart.save(str(output / "scaling.png"), scale_factor=2)
 
 
-def figure(rows: pd.DataFrame) -> alt.HConcatChart:
-    """Seconds over N at fixed V, and over V at fixed N; straight lines of slope 1 are linear cost."""
-    base_vocabulary = int(rows.loc[rows.tokens != 1024, "vocabulary"].iloc[0])
+def figure(rows: pd.DataFrame) -> alt.VConcatChart:
+    """Seconds and extra memory over N at fixed V, and over V at fixed N; slope 1 is linear."""
+    base_vocabulary = int(rows.loc[rows.tokens != BASE_TOKENS, "vocabulary"].iloc[0])
     over_n = rows[rows.vocabulary == base_vocabulary]
-    over_v = rows[rows.tokens == 1024]
-    return alt.hconcat(
-        _panel(over_n, "tokens", f"tokens N (V = {base_vocabulary:,})"),
-        _panel(over_v, "vocabulary", "vocabulary V (N = 1024)"),
-    ).properties(title="Time of the statistics (median; both axes logarithmic)")
+    over_v = rows[rows.tokens == BASE_TOKENS]
+    panels = [
+        alt.hconcat(
+            _panel(over_n, "tokens", f"tokens N (V = {base_vocabulary:,})", y, unit),
+            _panel(over_v, "vocabulary", f"vocabulary V (N = {BASE_TOKENS:,})", y, unit),
+        )
+        for y, unit in (("seconds", "seconds"), ("peak_mb", "extra memory, MB"))
+    ]
+    return alt.vconcat(*panels).properties(
+        title="Time (median) and peak extra memory of the statistics; all axes logarithmic"
+    )
 
 
-def _panel(rows: pd.DataFrame, x: str, title: str) -> alt.LayerChart:
-    base = alt.Chart(rows).encode(
+def _panel(rows: pd.DataFrame, x: str, title: str, y: str, unit: str) -> alt.LayerChart:
+    base = alt.Chart(rows.assign(**{y: rows[y].clip(lower=0.1 if y == "peak_mb" else 0.0)})).encode(
         x=alt.X(f"{x}:Q", title=title, scale=alt.Scale(type="log", base=2)),
-        y=alt.Y("seconds:Q", title="seconds", scale=alt.Scale(type="log")),
+        y=alt.Y(f"{y}:Q", title=unit, scale=alt.Scale(type="log")),
         color=alt.Color(
             "name:N",
             title=None,
@@ -52,5 +59,5 @@ def _panel(rows: pd.DataFrame, x: str, title: str) -> alt.LayerChart:
         shape=alt.Shape("name:N", title=None, scale=alt.Scale(domain=list(CURVES))),
     )
     return (base.mark_line(strokeWidth=2) + base.mark_point(filled=True, size=70)).properties(
-        width=300, height=260
+        width=300, height=200
     )
