@@ -149,7 +149,7 @@ class LastLayerMoments:
     def _add_full(self, problem: Problem) -> None:
         assert self.grad is not None
         vocabulary = problem.head.vocabulary
-        size = max(1, min(current().token_chunk, current().logit_buffer // vocabulary))
+        size = current().held_tokens(vocabulary)
         for start in range(0, problem.token_ids.shape[0], size):
             chunk = problem.chunk(slice(start, start + size))
             held = chunk.hidden.new_empty(chunk.hidden.shape[0], vocabulary)

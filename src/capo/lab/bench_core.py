@@ -28,14 +28,13 @@ import torch
 
 import capo
 from capo.core.statistics import chunked, options
-from capo.core.statistics.judged import Sampled, judge_candidates
+from capo.core.statistics.judged import Candidates, Sampled, judge_candidates
+from capo.core.statistics.options import current
 from capo.core.statistics.problem import Head, Problem
 from capo.core.statistics.rest import Rest, dot
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from capo.core.statistics.judged import Candidates
 
 
 @dataclass(frozen=True)
@@ -162,18 +161,11 @@ def dict_of_rows(given: Given, m: dict[int, Tensor], v: dict[int, Tensor]) -> Te
 def log_prob_and_entropy(problem: Problem) -> Tensor:
     """The pass that every trainer makes anyway: chunked log-probability and entropy."""
     out = []
-    size = options_in_force().token_chunk
+    size = current().tokens(problem.head.vocabulary)
     for start in range(0, problem.token_ids.shape[0], size):
         rest, sampled = chunked.normalise(problem.chunk(slice(start, start + size)))
         out.append(sampled.z - rest.lse)
     return torch.cat(out)
-
-
-def options_in_force() -> Any:
-    """The chunk sizes."""
-    from capo.core.statistics.options import current
-
-    return current()
 
 
 # --- measuring ---------------------------------------------------------------------------------------
@@ -256,8 +248,6 @@ def bench_end_to_end(sizes: Sizes) -> list[Measurement]:
         y, rows = rest.topk(sizes.top_k - 1, dim=1)
         lse = torch.logsumexp(rest, dim=1)
         z = logits.gather(1, p.token_ids[:, None])[:, 0]
-        from capo.core.statistics.judged import Candidates
-
         zero = torch.zeros_like(lse)
         given = Given(
             p,

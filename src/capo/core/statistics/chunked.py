@@ -44,15 +44,14 @@ if TYPE_CHECKING:
 
 def compute(problem: Problem) -> Statistics:
     """Per-token statistics, one token chunk at a time."""
-    step = problem.step
+    step, sizes, vocabulary = problem.step, current(), problem.head.vocabulary
     one_pass = isinstance(step, GivenStep) or (isinstance(step, SGDStep) and not step.weight_decay)
     if problem.top_k is not None:
-        judge, size = _judge_top_k, current().token_chunk
+        judge, size = _judge_top_k, sizes.tokens(vocabulary)
     elif one_pass:
-        judge, size = _judge_one_pass, current().token_chunk
+        judge, size = _judge_one_pass, sizes.tokens(vocabulary)
     else:
-        judge = _judge_held
-        size = max(1, min(current().token_chunk, current().logit_buffer // problem.head.vocabulary))
+        judge, size = _judge_held, sizes.held_tokens(vocabulary)
     n = problem.token_ids.shape[0]
     chunks = (problem.chunk(slice(start, start + size)) for start in range(0, n, size))
     return Statistics.concatenate([judge(chunk) for chunk in chunks])

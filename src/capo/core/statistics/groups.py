@@ -49,7 +49,7 @@ def compute(problem: Problem, groups: Int[Tensor, "N"]) -> Statistics:
 def _judge_all(group: Problem) -> Statistics:
     """Full vocabulary: gradient, step and values of one block of rows after the other."""
     head, h, step = group.head, group.hidden, group.step
-    n, size = h.shape[0], current().token_chunk
+    n, size = h.shape[0], current().tokens(head.vocabulary)
     pieces = [
         chunked.normalise(group.chunk(slice(start, start + size))) for start in range(0, n, size)
     ]
@@ -69,7 +69,7 @@ def _judge_all(group: Problem) -> Statistics:
 def _judge_rows(group: Problem) -> Statistics:
     """Judged rows only: the union of the tokens' sets."""
     h, step, head = group.hidden, group.step, group.head
-    n, size = h.shape[0], current().token_chunk
+    n, size = h.shape[0], current().tokens(head.vocabulary)
     found = [
         chunked.find_rivals(group.chunk(slice(start, start + size))) for start in range(0, n, size)
     ]
