@@ -124,9 +124,8 @@ def test_interaction_is_the_batch_level_step(step: capo.SGDStep | str) -> None:
     )
 
 
-@pytest.mark.parametrize("share", [0.5, 0.1, 0.01])
-@pytest.mark.parametrize("seed", range(8))
-def test_budget_is_met_and_close_to_exhaustive_search(seed: int, share: float) -> None:
+def tokens_missed(seed: int, share: float) -> int:
+    """How many tokens fewer than exhaustive search the greedy budget keeps."""
     n = 10
     tokens = random_tokens(n, seed=seed)
     step = capo.SGDStep(0.3)
@@ -139,8 +138,23 @@ def test_budget_is_met_and_close_to_exhaustive_search(seed: int, share: float) -
     subsets = torch.tensor(list(itertools.product([0.0, 1.0], repeat=n)), dtype=torch.float64)
     shifts = 0.5 * (subsets @ linear.matrix.T + linear.offset).square().mean(dim=1)
     most = int(subsets[shifts <= bound].sum(dim=1).max())
-    # Greedy is no optimum: over 180 such cases it kept as many in 175 and at most 3 fewer.
-    assert most - 2 <= int(selection.weights.sum()) <= most
+    return most - int(selection.weights.sum())
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.01])
+@pytest.mark.parametrize("seed", range(8))
+def test_budget_is_met_and_close_to_exhaustive_search(seed: int, share: float) -> None:
+    assert 0 <= tokens_missed(seed, share) <= 2
+
+
+@pytest.mark.slow
+def test_greedy_budgets_are_nearly_always_as_large_as_the_best() -> None:
+    missed = [tokens_missed(seed, share) for seed in range(60) for share in (0.5, 0.1, 0.01)]
+    print(
+        f"as many as exhaustive search in {missed.count(0)} of {len(missed)}, worst {max(missed)}"
+    )
+    assert missed.count(0) >= 0.95 * len(missed)
+    assert max(missed) <= 3
 
 
 def test_a_budget_that_momentum_alone_breaks_is_not_met() -> None:
