@@ -31,7 +31,7 @@ def test_trl_lines_compile_and_name_real_things() -> None:
     from capo.integrations.trl import CAPOConfig, CAPOTrainer
 
     assert CAPOTrainer.__name__ in block
-    assert CAPOConfig(selection="capo", bf16=False, report_to="none").thresholds() is not None
+    assert CAPOConfig(selection="capo", bf16=False, report_to="none").rule() is not None
 
 
 def test_links_lead_somewhere() -> None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from capo.core.errors import InputError
     from capo.core.moments import LastLayerMoments
     from capo.core.proposed import proposed_step
-    from capo.core.rules import NatsThreshold, QuantileThresholds, SoftThresholds
+    from capo.core.rules import NatsThreshold, QuantileThresholds, SoftThresholds, make_rule
     from capo.core.selection import PAPER_THRESHOLDS, Reason, Selection, Thresholds, select
     from capo.core.steps import AdamStep, GivenStep, MomentumStep, SGDStep
 
@@ -37,6 +37,7 @@ __all__ = [
     "TruncationBound",
     "__version__",
     "interaction",
+    "make_rule",
     "proposed_step",
     "select",
     "token_curvature",
@@ -56,6 +57,7 @@ _HOMES = {
     "NatsThreshold": "capo.core.rules",
     "QuantileThresholds": "capo.core.rules",
     "SoftThresholds": "capo.core.rules",
+    "make_rule": "capo.core.rules",
     "PAPER_THRESHOLDS": "capo.core.selection",
     "Reason": "capo.core.selection",
     "Selection": "capo.core.selection",

@@ -22,13 +22,23 @@ def config(tmp_path: Path, **overrides: Any) -> CAPOConfig:
 
 
 def test_selection_stands_for_a_rule(tmp_path: Path) -> None:
-    assert config(tmp_path).thresholds() is None
+    assert config(tmp_path).rule() is None
     for name, rule in capo.PAPER_THRESHOLDS.items():
-        assert config(tmp_path, selection=name).thresholds() == rule
+        assert config(tmp_path, selection=name).rule() == rule
     custom = {"policy_shift": 0.1, "objective_shift": [None, 2], "denominator": "all"}
-    assert config(tmp_path, selection=custom).thresholds() == capo.Thresholds(0.1, (None, 2), "all")
+    assert config(tmp_path, selection=custom).rule() == capo.Thresholds(0.1, (None, 2), "all")
     # As from a command line
-    assert config(tmp_path, selection='{"policy_shift": 0.1}').thresholds() == capo.Thresholds(0.1)
+    assert config(tmp_path, selection='{"policy_shift": 0.1}').rule() == capo.Thresholds(0.1)
+
+
+def test_other_rules_are_named(tmp_path: Path) -> None:
+    for selection, rule in (
+        ({"rule": "soft", "policy_shift": 0.1}, capo.SoftThresholds(0.1)),
+        ({"rule": "quantile", "policy_shift": 0.9}, capo.QuantileThresholds(0.9)),
+        ({"rule": "nats", "budget": 1e-4}, capo.NatsThreshold(1e-4)),
+        ({"rule": "thresholds", "policy_shift": 0.1}, capo.Thresholds(0.1)),
+    ):
+        assert config(tmp_path, selection=selection).rule() == rule
 
 
 def test_nothing_of_trls_is_renamed_or_redefined() -> None:
@@ -43,6 +53,9 @@ def test_nothing_of_trls_is_renamed_or_redefined() -> None:
     [
         ({"selection": "cap"}, r"selection: must be one of 'capo', 'dr_capo', 'reincapo'.*'cap'"),
         ({"selection": {"kl": 1}}, r"selection: .*policy_shift, objective_shift, denominator"),
+        ({"selection": {"rule": "hard"}}, r"selection\.rule: .*'soft', 'quantile', 'nats'.*'hard'"),
+        ({"selection": {"rule": "nats"}}, r"selection\.budget: must be given"),
+        ({"selection": {"rule": "soft", "sharpness": 0}}, r"selection\.sharpness: .*> 0"),
         ({"selection": {"policy_shift": -1.0}}, r"selection\.policy_shift: .*≥ 0.*-1\.0"),
         ({"selection": {"objective_shift": [1, -1]}}, r"selection\.objective_shift: low must be"),
         ({"selection": {"objective_shift": 1}}, r"selection\.objective_shift: .*pair"),

@@ -208,3 +208,24 @@ def test_identity_is_the_configuration_not_the_name():
     named = load_config("small-aggressive", ["run.name=mine"])
     assert named.identity() == load_config("small-aggressive").identity()
     assert named.identity() != load_config("small-aggressive", ["run.seed=1"]).identity()
+
+
+def test_other_selection_rules() -> None:
+    config = load_config("small-aggressive", ['capo.selection={rule="soft", policy_shift=1e-4}'])
+    assert config.capo.selection.model_dump(exclude_none=True) == {
+        "rule": "soft",
+        "policy_shift": 1e-4,
+    }
+    hard = load_config(
+        "small-aggressive", ['capo.selection={rule="thresholds", policy_shift=1e-4}']
+    )
+    plain = load_config("small-aggressive", ["capo.selection={policy_shift=1e-4}"])
+    assert hard.identity() == plain.identity()
+    for override, field in (
+        ('capo.selection={rule="nats"}', "capo.selection.budget"),
+        ('capo.selection={rule="quantile", policy_shift=2.0}', "capo.selection.policy_shift"),
+        ('capo.selection={rule="median"}', "capo.selection.rule"),
+    ):
+        with pytest.raises(InputError) as error:
+            load_config("small-aggressive", [override])
+        assert error.value.field == field

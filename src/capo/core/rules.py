@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from capo.core.errors import InputError
 from capo.core.selection import (
+    PAPER_THRESHOLDS,
     THRESHOLD_REASONS,
     Denominator,
     Reason,
+    Rule,
     Selection,
     Thresholds,
     check_denominator,
@@ -20,6 +22,8 @@ from capo.core.selection import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from jaxtyping import Bool, Float
     from torch import Tensor
 
@@ -183,3 +187,63 @@ class NatsThreshold:
         weights = keep.to(curvature.policy_shift.dtype)
         reasons = (Reason.POLICY_SHIFT,)
         return make_selection(weights, reason, mask, self.denominator, reasons, met=True)
+
+
+RULES: dict[str, type[Thresholds | SoftThresholds | QuantileThresholds | NatsThreshold]] = {
+    "thresholds": Thresholds,
+    "soft": SoftThresholds,
+    "quantile": QuantileThresholds,
+    "nats": NatsThreshold,
+}
+"""Rules that a configuration can name (a :class:`capo.Budget` needs the batch's own interaction)."""
+
+
+def make_rule(selection: str | Mapping[str, Any] | None) -> Rule | None:
+    """The rule that a configuration stands for.
+
+    Args:
+        selection: a preset of the paper (``"capo"``, ``"dr_capo"``, ``"reincapo"``), or a mapping with
+            ``rule`` (``"thresholds"``, the default, ``"soft"``, ``"quantile"`` or ``"nats"``) and that
+            rule's arguments; or None, no selection.
+
+    Raises:
+        InputError: names ``selection`` or the argument within it.
+    """
+    if selection is None:
+        return None
+    if isinstance(selection, str):
+        if selection not in PAPER_THRESHOLDS:
+            raise InputError(
+                "selection",
+                f"must be one of {_quoted(PAPER_THRESHOLDS)}, a dict of a rule's arguments or None, "
+                f"got {selection!r}.",
+            )
+        return PAPER_THRESHOLDS[selection]
+    if not hasattr(selection, "keys"):
+        raise InputError("selection", f"must be a preset's name or a dict, got {selection!r}.")
+    name = selection.get("rule", "thresholds")
+    if name not in RULES:
+        raise InputError("selection.rule", f"must be one of {_quoted(RULES)}, got {name!r}.")
+    arguments = {key: value for key, value in selection.items() if key != "rule"}
+    allowed = [f.name for f in fields(RULES[name])]
+    if not arguments.keys() <= set(allowed):
+        raise InputError(
+            "selection", f"of rule {name!r} takes {', '.join(allowed)}, got {dict(selection)!r}."
+        )
+    if "objective_shift" in arguments:
+        bounds = arguments["objective_shift"] or (None, None)
+        if not isinstance(bounds, list | tuple):
+            raise InputError(
+                "selection.objective_shift", f"must be a pair [low, high], got {bounds!r}."
+            )
+        arguments["objective_shift"] = tuple(bounds)
+    if name == "nats" and "budget" not in arguments:
+        raise InputError("selection.budget", "must be given: mean policy shift per token in nats.")
+    try:
+        return RULES[name](**arguments)
+    except InputError as error:
+        raise InputError(f"selection.{error.field}", error.message) from None
+
+
+def _quoted(names: Mapping[str, Any]) -> str:
+    return ", ".join(repr(name) for name in names)

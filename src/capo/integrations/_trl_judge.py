@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
+    from capo.core.selection import Rule
+
 
 SMALL_VOCABULARY = 4096
 
@@ -103,14 +105,12 @@ class Judge:
     """Judges micro-batches: each token's own step by `rule`.
 
     Args:
-        rule: thresholds.
+        rule: the selection rule.
         step_model: the optimizer's step of the head.
         options: `fisher`, `top_k`, `renormalize` and `impl` of `capo.token_curvature`.
     """
 
-    def __init__(
-        self, rule: capo.Thresholds, step_model: StepModel, options: dict[str, Any]
-    ) -> None:
+    def __init__(self, rule: Rule, step_model: StepModel, options: dict[str, Any]) -> None:
         self.rule = rule
         self.step_model = step_model
         self.options = options

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -49,6 +49,8 @@ from capo.integrations._trl_step import StepModel, unwrapped_optimizer
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from capo.core.selection import Rule
+
 __all__ = ["CAPOConfig", "CAPOTrainer", "TokenRecord"]
 
 TokenCallback = Callable[[TokenRecord], None]
@@ -73,7 +75,8 @@ class CAPOConfig(GRPOConfig):  # type: ignore[misc]
         selection: which tokens may act. ``"capo"``, ``"dr_capo"`` or ``"reincapo"``, the paper's
             thresholds; or a dict of `policy_shift` (nats), `objective_shift` ([low, high], either
             may be None) and `denominator` (``"kept"``: each sequence is renormalised over its kept
-            tokens; ``"all"``: the loss's denominators stay); or None, no selection.
+            tokens; ``"all"``: the loss's denominators stay), with `rule` ``"soft"``, ``"quantile"``
+            or ``"nats"`` for another rule's arguments (`capo.make_rule`); or None, no selection.
         step_model: whose step is judged, ``"adam"`` (the paper's) or ``"sgd"``.
         moments: Adam's moments: ``"simulated"`` from the last-layer gradients of accepted tokens
             (the paper's), or the ``"optimizer"``'s own. The latter need no memory, but with tied
@@ -134,40 +137,15 @@ class CAPOConfig(GRPOConfig):  # type: ignore[misc]
                 "'none' needs multi_objective_aggregation='sum_then_normalize', since it does not "
                 "normalise.",
             )
-        self.thresholds()
+        self.rule()
 
-    def thresholds(self) -> capo.Thresholds | None:
+    def rule(self) -> Rule | None:
         """The selection rule that `selection` stands for, or None.
 
         Raises:
-            InputError: `selection` names no preset, or its thresholds are impossible.
+            InputError: `selection` names no preset or rule, or its arguments are impossible.
         """
-        selection = self.selection
-        if selection is None:
-            return None
-        if isinstance(selection, str):
-            if selection not in capo.PAPER_THRESHOLDS:
-                raise InputError(
-                    "selection",
-                    f"must be one of {', '.join(map(repr, capo.PAPER_THRESHOLDS))}, a dict of "
-                    f"thresholds or None, got {selection!r}.",
-                )
-            return capo.PAPER_THRESHOLDS[selection]
-        allowed = [f.name for f in fields(capo.Thresholds)]
-        if not isinstance(selection, dict) or not selection.keys() <= set(allowed):
-            raise InputError(
-                "selection",
-                f"must be a preset's name or a dict of {', '.join(allowed)}, got {selection!r}.",
-            )
-        bounds = selection.get("objective_shift") or (None, None)
-        if not isinstance(bounds, list | tuple):
-            raise InputError(
-                "selection.objective_shift", f"must be a pair [low, high], got {bounds!r}."
-            )
-        try:
-            return capo.Thresholds(**{**selection, "objective_shift": tuple(bounds)})
-        except InputError as error:
-            raise InputError(f"selection.{error.field}", error.message) from None
+        return capo.make_rule(self.selection)
 
 
 class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
@@ -197,7 +175,7 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _make_judge(self) -> Judge | None:
         args = self.args
-        rule = args.thresholds() if isinstance(args, CAPOConfig) else None
+        rule = args.rule() if isinstance(args, CAPOConfig) else None
         if rule is None:
             return None
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.accelerator.num_processes > 1:

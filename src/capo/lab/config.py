@@ -161,21 +161,49 @@ class ThresholdsTable(Section):
         return self
 
 
+class RuleTable(Section):
+    """``[capo.selection]`` with a rule other than hard thresholds; see ``capo.make_rule``."""
+
+    rule: Literal["soft", "quantile", "nats"]
+    policy_shift: OpenBound = None
+    objective_shift: Annotated[tuple[OpenBound, OpenBound] | None, BeforeValidator(_sequence)] = (
+        None
+    )
+    sharpness: float | None = None
+    budget: float | None = None
+    denominator: Literal["kept", "all"] | None = None
+
+    @model_validator(mode="after")
+    def _usable(self) -> Self:
+        from capo.core.rules import make_rule  # torch: not for `capo --help`
+
+        try:
+            make_rule(self.model_dump(exclude_none=True))
+        except InputError as error:
+            raise InputError(f"capo.{error.field}", error.message) from None
+        return self
+
+
 SELECTION_NAMES = ("capo", "dr_capo", "reincapo")
 
 
 def _selection(value: object) -> object:
     # A union would report an error once per branch; the value's own type says which one is meant.
     if isinstance(value, dict):
-        return _validate(ThresholdsTable, value, prefix=("capo", "selection"))
+        table: type[Section] = ThresholdsTable
+        if value.get("rule", "thresholds") != "thresholds":
+            table = RuleTable
+        else:
+            value = {key: item for key, item in value.items() if key != "rule"}
+        return _validate(table, value, prefix=("capo", "selection"))
     if value is None or value == "none":
         return None
-    if isinstance(value, ThresholdsTable) or value in SELECTION_NAMES:
+    if isinstance(value, ThresholdsTable | RuleTable) or value in SELECTION_NAMES:
         return value
     raise InputError(
         "capo.selection",
         f"must be 'none', one of {_quoted(SELECTION_NAMES)}, or a table with policy_shift, "
-        f"objective_shift and denominator, got {value!r}.",
+        f"objective_shift and denominator (or a rule and its arguments), got {value!r}.",
     )
 
 
@@ -185,7 +213,9 @@ class CapoSection(Section):
     ``watch`` judges (and records) the tokens of a run without selection; its weights stay the same.
     """
 
-    selection: Annotated[str | ThresholdsTable | None, BeforeValidator(_selection)] = None
+    selection: Annotated[str | ThresholdsTable | RuleTable | None, BeforeValidator(_selection)] = (
+        None
+    )
     watch: bool = False
     step_model: Literal["adam", "sgd"] = "adam"
     moments: Literal["simulated", "optimizer"] = "simulated"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capo.core.errors import InputError
-from capo.lab.config import Config, ThresholdsTable, check_vocabulary, parse_config
+from capo.lab.config import Config, RuleTable, ThresholdsTable, check_vocabulary, parse_config
 from capo.lab.progress import Progress
 from capo.lab.provenance import collect_provenance, dirty_diff
 from capo.lab.rundir import RunDirectory, write_text
@@ -352,6 +352,8 @@ def _trainer_arguments(config: Config, directory: RunDirectory, task: Task) -> C
         selection = ThresholdsTable()  # no threshold: every token is judged and kept
     if isinstance(selection, ThresholdsTable):
         selection = selection.model_dump(mode="json")
+    elif isinstance(selection, RuleTable):
+        selection = selection.model_dump(mode="json", exclude_none=True)
     return CAPOConfig(
         output_dir=str(directory.checkpoints),
         seed=config.run.seed,

@@ -73,7 +73,8 @@ def algorithm_name(run: Run) -> str:
     if not selects(run):
         return shown
     if not isinstance(selection, str):
-        return f"{shown} + own thresholds"
+        rule = selection.get("rule", "own thresholds") if isinstance(selection, dict) else "rule"
+        return f"{shown} + {rule}"
     return SELECTED.get((base, selection), f"{shown} + {selection} thresholds")
 
 

@@ -27,8 +27,8 @@ def limits_of(run: Run) -> Limits | None:
         if named is None:
             return None
         return Limits(named.policy_shift, named.objective_shift)
-    if not isinstance(selection, dict):
-        return None
+    if not isinstance(selection, dict) or selection.get("rule", "soft") != "soft":
+        return None  # quantiles and budgets have no fixed threshold
     low, high = (*(selection.get("objective_shift") or ()), None, None)[:2]
     return Limits(selection.get("policy_shift"), (low, high))
 
