@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from capo.core.statistics import fused
-from capo.core.statistics.judged import Candidates, Sampled, judge_candidates, values
+from capo.core.statistics.judged import (
+    Candidates,
+    Sampled,
+    judge_candidates,
+    sgd_statistics,
+    values,
+)
 from capo.core.statistics.options import current
 from capo.core.statistics.problem import Activation
 from capo.core.statistics.projection import project_block
@@ -106,18 +112,11 @@ def _judge_one_pass(chunk: Problem) -> Statistics:
             piece = _values_block(weights, *values(chunk, q, act))
         rest = merge(rest, piece)
 
-    log_odds = gatherer.z - rest.lse
-    temperature = head.temperature
     if isinstance(step, SGDStep):
-        r = torch.sigmoid(-log_odds)
-        # u_k = c φ′_k² w_k with w = (r, −r π′): the block values were φ′² π′ and φ″ φ′² π′²
-        c = step.lr * chunk.advantages * dot(h, h) / temperature**2
-        u_a, mean, var = c * gatherer.slope**2 * r, -c * r * rest.mean, (c * r) ** 2 * rest.var
-        bend_gap = c * c * temperature * r * r * (gatherer.bend * gatherer.slope**2 - rest.bend)
-    else:
-        u_a, mean, var = gatherer.q * gatherer.slope / temperature, rest.mean, rest.var
-        bend_gap = gatherer.bend * gatherer.q**2 / temperature - rest.bend
-    return _full_statistics(log_odds, rest.entropy, u_a, mean, var, bend_gap)
+        return sgd_statistics(chunk, step.lr, dot(h, h), gatherer.sampled(), rest)
+    u_a = gatherer.q * gatherer.slope / head.temperature
+    bend_gap = gatherer.bend * gatherer.q**2 / head.temperature - rest.bend
+    return Statistics.full(gatherer.z - rest.lse, rest.entropy, u_a, rest.mean, rest.var, bend_gap)
 
 
 def _sgd_block(
@@ -209,7 +208,7 @@ class ValueAccumulator:
         """The result, when every block has been taken."""
         value = self.value
         bend_gap = self.x_a - value.bend
-        return _full_statistics(
+        return Statistics.full(
             self.log_odds, self.rest.entropy, self.u_a, value.mean, value.var, bend_gap
         )
 
@@ -310,17 +309,3 @@ def _bare_block(
     weights = weigh(z, position, present)
     zero = torch.zeros_like(weights.lse)
     return Rest(weights.lse, weights.entropy, zero, zero, zero)
-
-
-def _full_statistics(
-    log_odds: Float[Tensor, "n"],
-    rest_entropy: Float[Tensor, "n"],
-    u_a: Float[Tensor, "n"],
-    mean: Float[Tensor, "n"],
-    var: Float[Tensor, "n"],
-    bend_gap: Float[Tensor, "n"],
-) -> Statistics:
-    zero = torch.zeros_like(log_odds)
-    return Statistics(
-        log_odds, rest_entropy, log_odds, u_a, mean, var, bend_gap, left_out=zero, u_bound=zero
-    )

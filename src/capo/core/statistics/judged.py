@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     Projector = Callable[[Float[Tensor, "n k"], Int[Tensor, "n k"]], Float[Tensor, "n k"]]
 
     from capo.core.statistics.problem import Problem
+    from capo.core.statistics.rest import Rest
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,27 @@ def values(
     u = q * (activation.slope / temperature)
     x = None if activation.bend is None else activation.bend * q * q / temperature
     return u, x
+
+
+def sgd_statistics(
+    problem: Problem, lr: float, square_norm: Float[Tensor, "n"], sampled: Sampled, rest: Rest
+) -> Statistics:
+    """SGD on the full vocabulary (README, eq. 9) from block values ``φ′² π′`` and ``φ″ φ′² π′²``."""
+    temperature = problem.head.temperature
+    log_odds = sampled.z - rest.lse
+    r = torch.sigmoid(-log_odds)
+    # u_k = c φ′_k² w_k with w = (r, −r π′)
+    c = lr * problem.advantages * square_norm / temperature**2
+    squared = sampled.slope**2
+    bend_gap = c * c * temperature * r * r * (sampled.bend * squared - rest.bend)
+    return Statistics.full(
+        log_odds,
+        rest.entropy,
+        c * squared * r,
+        -c * r * rest.mean,
+        (c * r) ** 2 * rest.var,
+        bend_gap,
+    )
 
 
 def judge_candidates(

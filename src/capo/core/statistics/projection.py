@@ -63,7 +63,7 @@ def project_block(
             return _decay(q, factor * step.weight_decay, hidden, weight, block)
         case AdamStep(preconditioner="frozen"):
             direction, inverse = _frozen_rows(step, block, dtype)
-            fresh = _frozen_fresh(step) * coefficient
+            fresh = frozen_factors(step)[1] * coefficient
             q = hidden @ direction.T + fresh * ((hidden * hidden) @ inverse.T)
             return _decay(q, step.lr * step.weight_decay, hidden, weight, block)
         case AdamStep():
@@ -134,9 +134,28 @@ def gathered_product(
     return out
 
 
-def _frozen_fresh(step: AdamStep) -> float:
-    """``α (1−β₁)/(1−β₁^{t+1}) · grad_scale``: weight of the token's own gradient."""
-    return step.lr * (1.0 - step.betas[0]) / step.bias_corrections[0] * step.grad_scale
+def adam_scalars(step: AdamStep) -> fused.AdamScalars:
+    """Adam's constants with both bias corrections folded in (README, eq. 11)."""
+    beta1, beta2 = step.betas
+    correction1, correction2 = step.bias_corrections
+    root = correction2**0.5
+    return fused.AdamScalars(
+        momentum=-step.lr * beta1 * root / correction1,
+        fresh=step.lr * (1.0 - beta1) * root / correction1,
+        keep=beta2,
+        new=1.0 - beta2,
+        eps=step.eps * root,
+    )
+
+
+def frozen_factors(step: AdamStep) -> tuple[float, float, float]:
+    """Factors of ``m P``, of the own gradient, and of v, with ``P = 1/(√v̂ + ε)`` (README, eq. 12)."""
+    correction1, _ = step.bias_corrections
+    return (
+        -step.lr * step.betas[0] / correction1,
+        step.lr * (1.0 - step.betas[0]) / correction1 * step.grad_scale,
+        1.0 / (1.0 - step.betas[1] ** step.step),
+    )
 
 
 def _frozen_gathered(
@@ -153,7 +172,9 @@ def _frozen_gathered(
         direction, inverse = _frozen_rows(step, rows[part], hidden.dtype)  # [m, k, d]
         h = hidden[part, :, None]
         out[part] = torch.bmm(direction, h)[:, :, 0]
-        out[part] += _frozen_fresh(step) * coefficient[part] * torch.bmm(inverse, h * h)[:, :, 0]
+        out[part] += (
+            frozen_factors(step)[1] * coefficient[part] * torch.bmm(inverse, h * h)[:, :, 0]
+        )
     return out
 
 
@@ -163,11 +184,10 @@ def _frozen_rows(
     """``(−α β₁/(1−β₁^{t+1}) · m P, P)`` with ``P = 1/(√v̂ + ε)`` for the given rows."""
     assert step.exp_avg is not None
     assert step.exp_avg_sq is not None
-    variance = step.exp_avg_sq[block].to(dtype) / (1.0 - step.betas[1] ** step.step)
+    direction, _, inverse_correction = frozen_factors(step)
+    variance = step.exp_avg_sq[block].to(dtype) * inverse_correction
     inverse = (variance.sqrt_() + step.eps).reciprocal_()
-    correction1, _ = step.bias_corrections
-    factor = -step.lr * step.betas[0] / correction1
-    return factor * step.exp_avg[block].to(dtype) * inverse, inverse
+    return direction * step.exp_avg[block].to(dtype) * inverse, inverse
 
 
 Moments = tuple["Float[Tensor, 'R d']", "Float[Tensor, 'R d']"] | None
@@ -187,18 +207,7 @@ def _adam_exact(
     rows: Int[Tensor, "n k"],
 ) -> Float[Tensor, "n k"]:
     """Exact Adam on the given rows (README, eq. 10)."""
-    beta1, beta2 = step.betas
-    correction1, correction2 = step.bias_corrections
-    # Everything that does not depend on the element is folded into four scalars:
-    #   q = Σ_j h_j (a m + b c h_j) / (√(v β₂ + (1−β₂)(gs c h_j)²) + ε̃)
-    root = correction2**0.5
-    scalars = fused.AdamScalars(
-        momentum=-step.lr * beta1 * root / correction1,
-        fresh=step.lr * (1.0 - beta1) * root / correction1,
-        keep=beta2,
-        new=1.0 - beta2,
-        eps=step.eps * root,
-    )
+    scalars = adam_scalars(step)
     scaled = coefficient * step.grad_scale
     if moments is None:
         return fused.adam_without_moments(hidden, scaled, scalars)

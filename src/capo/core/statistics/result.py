@@ -41,6 +41,21 @@ class Statistics:
     support: Support | None = None
 
     @staticmethod
+    def full(
+        log_odds: Float[Tensor, "N"],
+        rest_entropy: Float[Tensor, "N"],
+        u_sampled: Float[Tensor, "N"],
+        u_mean: Float[Tensor, "N"],
+        u_var: Float[Tensor, "N"],
+        bend_gap: Float[Tensor, "N"],
+    ) -> Statistics:
+        """Statistics where every vocabulary row is judged: nothing is left out."""
+        zero = torch.zeros_like(log_odds)
+        return Statistics(
+            log_odds, rest_entropy, log_odds, u_sampled, u_mean, u_var, bend_gap, zero, zero
+        )
+
+    @staticmethod
     def concatenate(parts: Sequence[Statistics]) -> Statistics:
         """Token chunks in order."""
         names = [f.name for f in fields(Statistics) if f.name != "support"]

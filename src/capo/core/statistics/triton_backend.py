@@ -29,8 +29,8 @@ import torch
 from capo.core.errors import InputError
 from capo.core.statistics import chunked, triton_launch
 from capo.core.statistics.fused import AdamScalars
-from capo.core.statistics.judged import Candidates, Sampled, judge_candidates
-from capo.core.statistics.projection import gradient_scale
+from capo.core.statistics.judged import Candidates, Sampled, judge_candidates, sgd_statistics
+from capo.core.statistics.projection import adam_scalars, frozen_factors, gradient_scale
 from capo.core.statistics.rest import ABSENT
 from capo.core.statistics.result import Statistics
 from capo.core.statistics.triton_launch import Keys, Moved, over_rows
@@ -119,19 +119,7 @@ def _judge_sgd(p: Problem, step: SGDStep) -> Statistics:
     """SGD in closed form (README, eq. 9): values of degree 1 in π′."""
     rest, _ = triton_launch.rest(p, "proportional")
     sampled, _ = _sampled(p)
-    log_odds = sampled.z - rest.lse
-    r = torch.sigmoid(-log_odds)
-    c = step.lr * p.advantages * _square_norm(p) / p.head.temperature**2
-    squared = sampled.slope**2
-    bend_gap = c * c * p.head.temperature * r * r * (sampled.bend * squared - rest.bend)
-    return _statistics(
-        log_odds,
-        rest.entropy,
-        c * squared * r,
-        -c * r * rest.mean,
-        (c * r) ** 2 * rest.var,
-        bend_gap,
-    )
+    return sgd_statistics(p, step.lr, _square_norm(p), sampled, rest)
 
 
 def _judge_projected(p: Problem) -> Statistics:
@@ -152,7 +140,7 @@ def _judge_projected(p: Problem) -> Statistics:
     q = project_rows(p, coefficient[:, None], rows)[:, 0]
     bend_gap = sampled.bend * q * q / temperature - values.bend
     u = q * sampled.slope / temperature
-    return _statistics(log_odds, entropy, u, values.mean, values.var, bend_gap)
+    return Statistics.full(log_odds, entropy, u, values.mean, values.var, bend_gap)
 
 
 def _moved(p: Problem, r: Float[Tensor, "N"], lse: Float[Tensor, "N"]) -> Moved:
@@ -175,7 +163,7 @@ def _moved(p: Problem, r: Float[Tensor, "N"], lse: Float[Tensor, "N"]) -> Moved:
                 normaliser=lse,
             )
         case AdamStep():
-            direction, fresh, inverse_correction = _frozen(step)
+            direction, fresh, inverse_correction = frozen_factors(step)
             return Moved(
                 matrix=step.exp_avg,
                 factor=direction,
@@ -282,21 +270,12 @@ def _adam_rows(
 ) -> Float[Tensor, "n k"]:
     """Adam on the given rows (README, eq. 10–12), bias corrections folded into five constants."""
     if step.preconditioner == "frozen":
-        direction, fresh, inverse_correction = _frozen(step)
+        direction, fresh, inverse_correction = frozen_factors(step)
         scalars = AdamScalars(direction, fresh, inverse_correction, 0.0, step.eps)
         return over_rows(
             "frozen", hidden, rows, coefficient, step.exp_avg, step.exp_avg_sq, scalars
         )
-    beta1, beta2 = step.betas
-    correction1, correction2 = step.bias_corrections
-    root = correction2**0.5
-    scalars = AdamScalars(
-        momentum=-step.lr * beta1 * root / correction1,
-        fresh=step.lr * (1.0 - beta1) * root / correction1,
-        keep=beta2,
-        new=1.0 - beta2,
-        eps=step.eps * root,
-    )
+    scalars = adam_scalars(step)
     scaled = coefficient * gradient_scale(step)
     if step.exp_avg is None:
         empty = replace(scalars, new=scalars.new**0.5)
@@ -304,31 +283,7 @@ def _adam_rows(
     return over_rows("adam", hidden, rows, scaled, step.exp_avg, step.exp_avg_sq, scalars)
 
 
-def _frozen(step: AdamStep) -> tuple[float, float, float]:
-    """Factors of ``m P``, of the own gradient, and of v, with ``P = 1/(√v̂ + ε)`` (README, eq. 12)."""
-    correction1, _ = step.bias_corrections
-    return (
-        -step.lr * step.betas[0] / correction1,
-        step.lr * (1.0 - step.betas[0]) / correction1 * step.grad_scale,
-        1.0 / (1.0 - step.betas[1] ** step.step),
-    )
-
-
 def _square_norm(p: Problem) -> Float[Tensor, "N"]:
     """``‖h‖²`` in float32, without a float32 copy of h."""
     norm: Tensor = torch.linalg.vector_norm(p.hidden, dim=1, dtype=torch.float32)
     return norm * norm
-
-
-def _statistics(
-    log_odds: Float[Tensor, "N"],
-    rest_entropy: Float[Tensor, "N"],
-    u_sampled: Float[Tensor, "N"],
-    u_mean: Float[Tensor, "N"],
-    u_var: Float[Tensor, "N"],
-    bend_gap: Float[Tensor, "N"],
-) -> Statistics:
-    zero = torch.zeros_like(log_odds)
-    return Statistics(
-        log_odds, rest_entropy, log_odds, u_sampled, u_mean, u_var, bend_gap, zero, zero
-    )
