@@ -6,20 +6,25 @@ configuration comes out. The resolved configuration, not a name, is a run's iden
 
 from __future__ import annotations
 
-import difflib
 import math
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BeforeValidator, Field, model_validator
 
 from capo.core.errors import InputError
-
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
+from capo.lab.sections import (
+    NonNegativeFloat,
+    OpenBound,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Section,
+    Seed,
+    none_word,
+    quoted,
+    sequence,
+    validate,
+)
 
 LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
 Scaling = Literal["group", "batch", "none"]
@@ -31,35 +36,6 @@ ALGORITHMS: dict[str, tuple[LossType, Scaling]] = {
     "dr_grpo": ("dr_grpo", "none"),
     "reinforce": ("grpo", "none"),
 }
-
-
-def _infinite_is_open(bound: object) -> object:
-    """TOML has no null: an infinite bound is how a file says "no bound on this side"."""
-    return None if isinstance(bound, float) and math.isinf(bound) else bound
-
-
-def _none_word(value: object) -> object:
-    """TOML has no null: the word ``none`` switches an inherited value off."""
-    return None if value == "none" else value
-
-
-def _sequence(value: object) -> object:
-    """TOML and JSON have arrays where we keep tuples."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-OpenBound = Annotated[float | None, BeforeValidator(_infinite_is_open)]
-Interval = Annotated[tuple[OpenBound, OpenBound], BeforeValidator(_sequence)]
-Betas = Annotated[tuple[Probability, Probability], BeforeValidator(_sequence)]
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys and coerced types are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-SectionT = TypeVar("SectionT", bound=Section)
 
 
 class RunSection(Section):
@@ -88,7 +64,7 @@ class TaskSection(Section):
     """
 
     name: str = "sums"
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = Field(default_factory=dict)
     train_problems: PositiveInt | None = None
 
 
@@ -123,7 +99,7 @@ class TrainingSection(Section):
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_ratio: Probability = 0.1
     max_grad_norm: PositiveFloat = 1.0
-    adam_betas: Annotated[tuple[Probability, Probability], BeforeValidator(_sequence)] = (
+    adam_betas: Annotated[tuple[Probability, Probability], BeforeValidator(sequence)] = (
         0.9,
         0.999,
     )
@@ -131,7 +107,7 @@ class TrainingSection(Section):
     weight_decay: NonNegativeFloat = 0.0
     optimizer: Literal["adamw", "sgd"] = "adamw"
     temperature: PositiveFloat = 1.0
-    top_k: Annotated[PositiveInt | None, BeforeValidator(_none_word)] = None
+    top_k: Annotated[PositiveInt | None, BeforeValidator(none_word)] = None
     max_prompt_tokens: PositiveInt | None = None
     max_completion_tokens: PositiveInt | None = None
     micro_batch: PositiveInt | None = None
@@ -144,7 +120,7 @@ class ThresholdsTable(Section):
     """``[capo.selection]`` written out: keep iff low ≤ m_H ≤ high and m_F ≤ policy_shift."""
 
     policy_shift: Annotated[OpenBound, Field(ge=0)] = None
-    objective_shift: Annotated[tuple[OpenBound, OpenBound], BeforeValidator(_sequence)] = (
+    objective_shift: Annotated[tuple[OpenBound, OpenBound], BeforeValidator(sequence)] = (
         None,
         None,
     )
@@ -166,9 +142,7 @@ class RuleTable(Section):
 
     rule: Literal["soft", "quantile", "nats"]
     policy_shift: OpenBound = None
-    objective_shift: Annotated[tuple[OpenBound, OpenBound] | None, BeforeValidator(_sequence)] = (
-        None
-    )
+    objective_shift: Annotated[tuple[OpenBound, OpenBound] | None, BeforeValidator(sequence)] = None
     sharpness: float | None = None
     budget: float | None = None
     denominator: Literal["kept", "all"] | None = None
@@ -195,14 +169,14 @@ def _selection(value: object) -> object:
             table = RuleTable
         else:
             value = {key: item for key, item in value.items() if key != "rule"}
-        return _validate(table, value, prefix=("capo", "selection"))
+        return validate(table, value, prefix=("capo", "selection"))
     if value is None or value == "none":
         return None
     if isinstance(value, ThresholdsTable | RuleTable) or value in SELECTION_NAMES:
         return value
     raise InputError(
         "capo.selection",
-        f"must be 'none', one of {_quoted(SELECTION_NAMES)}, or a table with policy_shift, "
+        f"must be 'none', one of {quoted(SELECTION_NAMES)}, or a table with policy_shift, "
         f"objective_shift and denominator (or a rule and its arguments), got {value!r}.",
     )
 
@@ -220,7 +194,7 @@ class CapoSection(Section):
     step_model: Literal["adam", "sgd"] = "adam"
     moments: Literal["simulated", "optimizer"] = "simulated"
     fisher: Literal["sampled", "exact"] = "sampled"
-    top_k: Annotated[PositiveInt | None, BeforeValidator(_none_word)] = 50
+    top_k: Annotated[PositiveInt | None, BeforeValidator(none_word)] = 50
     renormalize: bool = True
     grad_scale: PositiveFloat = 1.0
 
@@ -359,7 +333,7 @@ def parse_config(document: dict[str, Any]) -> Config:
     Raises:
         InputError: the first thing that is wrong, named by its dotted key.
     """
-    config: Config = _validate(Config, document)
+    config: Config = validate(Config, document)
     return config.resolved()
 
 
@@ -392,49 +366,6 @@ def _check_batches(training: TrainingSection) -> None:
             f"must divide training.completions_per_step ({completions}), "
             f"got {training.micro_batch}.",
         )
-
-
-def _validate(
-    section: type[SectionT], document: dict[str, Any], prefix: tuple[str, ...] = ()
-) -> SectionT:
-    try:
-        return section.model_validate(document)
-    except ValidationError as error:
-        # An unknown key first: it explains a value that is "missing" elsewhere.
-        details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
-        raise _input_error(section, details[0], prefix) from None
-
-
-def _input_error(
-    section: type[Section], detail: ErrorDetails, prefix: tuple[str, ...]
-) -> InputError:
-    cause = detail.get("ctx", {}).get("error")
-    if isinstance(cause, InputError):
-        return cause
-    location = (*prefix, *(str(part) for part in detail["loc"]))
-    field = ".".join(location)
-    if detail["type"] == "extra_forbidden":
-        allowed = list(_section_at(section, detail["loc"][:-1]).model_fields)
-        near = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(allowed)}."
-        return InputError(field, f"unknown key, {hint}")
-    if detail["type"] == "missing":
-        return InputError(field, "is missing.")
-    message = detail["msg"].removeprefix("Input ").removeprefix("should ").removeprefix("be ")
-    return InputError(field, f"must be {message}, got {detail['input']!r}.")
-
-
-def _section_at(section: type[Section], location: tuple[int | str, ...]) -> type[Section]:
-    for part in location:
-        annotation = section.model_fields[str(part)].annotation
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, Section)
-        section = annotation
-    return section
-
-
-def _quoted(names: tuple[str, ...]) -> str:
-    return ", ".join(repr(name) for name in names)
 
 
 def _round_up(value: int, multiple: int) -> int:
