@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Token masks in the aggressive regime, Adam (five seeds) and SGD (three): about ten minutes on two cores.
+# Token masks in the aggressive regime, Adam (five seeds) and SGD (three): about fifteen minutes on two cores.
 #
 #     benchmarks/aggressive_seeds.sh [DIRECTORY]
 #
@@ -14,7 +14,7 @@ runs() {
     echo "small-aggressive run.seed=$seed -o $out/adam-grpo-s$seed"
     echo "small-aggressive-capo run.seed=$seed -o $out/adam-capo-s$seed"
   done
-  for lr in 0.06 0.15; do
+  for lr in 0.06 0.15 0.5 1.5; do
     for seed in 0 1 2; do
       echo "configs/sgd-capo.toml capo.selection=none training.learning_rate=$lr run.seed=$seed -o $out/sgd-$lr-grpo-s$seed"
       echo "configs/sgd-capo.toml training.learning_rate=$lr run.seed=$seed -o $out/sgd-$lr-capo-s$seed"
