@@ -125,30 +125,16 @@ def _sgd_block(
     """Block statistics of the values ``φ′² π′`` (and ``φ″ φ′² π′²``)."""
     if isinstance(act.slope, float):
         squared = act.slope**2
-        rest = _square_block(chunk, act.z, position, present)
+        rest = _softmax_block(chunk, act.z, position, present, squares=True)
         # Constant slope: scaled once per token instead of once per logit.
         return replace(rest, mean=squared * rest.mean, var=squared**2 * rest.var)
     weights = weigh(act.z, position, present)
-    pi = weights.e / weights.total.clamp_min(torch.finfo(weights.e.dtype).tiny)[:, None]
+    pi = weights.probabilities
     value = act.slope * act.slope * pi
     mean, var = weights.moments(value)
     assert act.bend is not None
     bend = weights.mean(act.bend * value * pi)
     return Rest(weights.lse, weights.entropy, mean, var, bend, degree=1)
-
-
-def _square_block(
-    chunk: Problem, z: Float[Tensor, "n v"], position: Int[Tensor, "n"], present: Bool[Tensor, "n"]
-) -> Rest:
-    """Block statistics of the values ``π′`` themselves."""
-    if fused.pays(chunk.hidden.shape[0] * chunk.head.vocabulary, z.device):
-        sums = fused.softmax_sums(z, torch.where(present, position, -1), squares=True)
-        if sums is not None:
-            return rest_of_sums(*sums)
-    weights = weigh(z, position, present)
-    pi = weights.e / weights.total.clamp_min(torch.finfo(weights.e.dtype).tiny)[:, None]
-    mean, var = weights.moments(pi)
-    return Rest(weights.lse, weights.entropy, mean, var, torch.zeros_like(mean), degree=1)
 
 
 def _values_block(
@@ -171,7 +157,7 @@ def normalise(chunk: Problem, held: Float[Tensor, "n V"] | None = None) -> tuple
         act = head.activate(y)
         position, present = locate(chunk.token_ids, block)
         gatherer.take(act, position, present)
-        rest = merge(rest, _bare_block(chunk, act.z, position, present))
+        rest = merge(rest, _softmax_block(chunk, act.z, position, present, squares=False))
     return rest, gatherer.sampled()
 
 
@@ -273,7 +259,7 @@ def find_rivals(chunk: Problem) -> tuple[Rest, Sampled, Candidates]:
             act = head.activate(y)
             position, present = locate(chunk.token_ids, block)
             gatherer.take(act, position, present)
-            rest = merge(rest, _bare_block(chunk, act.z, position, present))
+            rest = merge(rest, _softmax_block(chunk, act.z, position, present, squares=False))
         position, present = locate(chunk.token_ids, stretch)
         columns, evicted = rivals.update(held, stretch.start, position, present)
         if not chunk.renormalize:
@@ -298,14 +284,25 @@ def _lse_of_rivals(head: Head, y: Float[Tensor, "n e"]) -> Float[Tensor, "n"]:
     return torch.logsumexp(head.activate(y).z.masked_fill_(absent, -torch.inf), dim=1)
 
 
-def _bare_block(
-    chunk: Problem, z: Float[Tensor, "n v"], position: Int[Tensor, "n"], present: Bool[Tensor, "n"]
+def _softmax_block(
+    chunk: Problem,
+    z: Float[Tensor, "n v"],
+    position: Int[Tensor, "n"],
+    present: Bool[Tensor, "n"],
+    *,
+    squares: bool,
 ) -> Rest:
-    """Normaliser and entropy of a block; ``z`` may be overwritten."""
+    """Normaliser and entropy of a block, and with ``squares`` the moments of the values ``π′`` themselves.
+
+    ``z`` may be overwritten.
+    """
     if fused.pays(chunk.hidden.shape[0] * chunk.head.vocabulary, z.device):
-        sums = fused.softmax_sums(z, torch.where(present, position, -1), squares=False)
+        sums = fused.softmax_sums(z, torch.where(present, position, -1), squares=squares)
         if sums is not None:
             return rest_of_sums(*sums)
     weights = weigh(z, position, present)
     zero = torch.zeros_like(weights.lse)
-    return Rest(weights.lse, weights.entropy, zero, zero, zero)
+    if not squares:
+        return Rest(weights.lse, weights.entropy, zero, zero, zero)
+    mean, var = weights.moments(weights.probabilities)
+    return Rest(weights.lse, weights.entropy, mean, var, zero, degree=1)

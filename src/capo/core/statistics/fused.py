@@ -76,9 +76,7 @@ def adam_rows(
         if fused is not None:
             return fused
     out = hidden.new_empty(n, k)
-    size = max(1, current().elementwise_block // max(1, k * d))
-    for start in range(0, n, size):
-        part = slice(start, start + size)
+    for part in current().pieces(n, k * d):
         out[part] = _piece(
             hidden[part], coefficient[part], exp_avg, exp_avg_sq, rows[part], scalars
         )
@@ -112,37 +110,40 @@ def adam_without_moments(
     """The first step: ``Σ_j h_j b x / (√(1−β₂) |x| + ε̃)``."""
     n, k = coefficient.shape
     out = hidden.new_empty(n, k)
-    size = max(1, current().elementwise_block // max(1, k * hidden.shape[1]))
-    for start in range(0, n, size):
-        part = slice(start, start + size)
+    for part in current().pieces(n, k * hidden.shape[1]):
         x = coefficient[part, :, None] * hidden[part, None, :]
         update = x / (x.abs().mul_(scalars.new**0.5).add_(scalars.eps))
         out[part] = torch.bmm(update, hidden[part, :, None])[:, :, 0]
     return out.mul_(scalars.fresh)
 
 
-def sums_definition(
+def _exponentials(
     z: Float[Tensor, "n v"], own: Int[Tensor, "n"]
-) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"], Float[Tensor, "n"]]:
-    """``max, Σe, Σe·(z−max)`` over all columns but ``own`` (−1: none)."""
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "n v"], Float[Tensor, "n v"]]:
+    """``max``, ``e = exp(z − max)`` and ``e·(z − max)``, both 0 at the column ``own`` (−1: none)."""
     is_own = torch.arange(z.shape[1], device=z.device)[None, :] == own[:, None]
     top = torch.where(is_own, ABSENT, z).amax(1)
     x = z - top[:, None]
     e = torch.where(is_own, 0.0, x.exp())
     # The sampled token may be far above the rest, where its exponential overflows: keep it out.
-    return top, e.sum(1), torch.where(is_own, 0.0, e * x).sum(1)
+    return top, e, torch.where(is_own, 0.0, e * x)
+
+
+def sums_definition(
+    z: Float[Tensor, "n v"], own: Int[Tensor, "n"]
+) -> tuple[Float[Tensor, "n"], ...]:
+    """``max, Σe, Σe·(z−max)`` over all columns but ``own`` (−1: none)."""
+    top, e, energy = _exponentials(z, own)
+    return top, e.sum(1), energy.sum(1)
 
 
 def square_sums_definition(
     z: Float[Tensor, "n v"], own: Int[Tensor, "n"]
 ) -> tuple[Float[Tensor, "n"], ...]:
     """The same and ``Σe(e−1), Σe(e−1)²``."""
-    is_own = torch.arange(z.shape[1], device=z.device)[None, :] == own[:, None]
-    top = torch.where(is_own, ABSENT, z).amax(1)
-    x = z - top[:, None]
-    e = torch.where(is_own, 0.0, x.exp())
+    top, e, energy = _exponentials(z, own)
     y = e * (e - 1.0)
-    return top, e.sum(1), torch.where(is_own, 0.0, e * x).sum(1), y.sum(1), (y * (e - 1.0)).sum(1)
+    return top, e.sum(1), energy.sum(1), y.sum(1), (y * (e - 1.0)).sum(1)
 
 
 def softmax_sums(

@@ -34,6 +34,12 @@ class Options:
         """Tokens a chunk where whole rows of logits are held."""
         return max(1, min(self.tokens(vocabulary), self.logit_buffer // vocabulary))
 
+    def pieces(self, tokens: int, elements: int) -> Iterator[slice]:
+        """Runs of tokens whose elementwise work, ``elements`` each, fits into the cache."""
+        size = max(1, self.elementwise_block // max(1, elements))
+        for start in range(0, tokens, size):
+            yield slice(start, start + size)
+
 
 _DEFAULT = Options()
 _OPTIONS: ContextVar[Options] = ContextVar("capo_statistics_options", default=_DEFAULT)

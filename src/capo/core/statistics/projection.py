@@ -126,9 +126,7 @@ def gathered_product(
     """``matrix[rows[i, j]] · h_i``, gathering a few tokens' rows at a time."""
     n, k = rows.shape
     out = hidden.new_empty(n, k)
-    size = max(1, current().elementwise_block // max(1, k * hidden.shape[1]))
-    for start in range(0, n, size):
-        part = slice(start, start + size)
+    for part in current().pieces(n, k * hidden.shape[1]):
         picked = matrix[rows[part]].to(hidden.dtype)  # [m, k, d]
         out[part] = torch.bmm(picked, hidden[part][:, :, None])[:, :, 0]
     return out
@@ -166,9 +164,7 @@ def _frozen_gathered(
 ) -> Float[Tensor, "n k"]:
     n, k = rows.shape
     out = hidden.new_empty(n, k)
-    size = max(1, current().elementwise_block // max(1, k * hidden.shape[1]))
-    for start in range(0, n, size):
-        part = slice(start, start + size)
+    for part in current().pieces(n, k * hidden.shape[1]):
         direction, inverse = _frozen_rows(step, rows[part], hidden.dtype)  # [m, k, d]
         h = hidden[part, :, None]
         out[part] = torch.bmm(direction, h)[:, :, 0]

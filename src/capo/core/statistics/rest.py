@@ -87,9 +87,19 @@ class Weights:
     lse: Float[Tensor, "n"]
     entropy: Float[Tensor, "n"]
 
+    @property
+    def safe_total(self) -> Float[Tensor, "n"]:
+        """The sum, kept from 0 where the block is empty."""
+        return self.total.clamp_min(torch.finfo(self.e.dtype).tiny)
+
+    @property
+    def probabilities(self) -> Float[Tensor, "n v"]:
+        """π′ of the block; 0 for an empty block."""
+        return self.e / self.safe_total[:, None]
+
     def mean(self, values: Float[Tensor, "n v"]) -> Float[Tensor, "n"]:
         """``E_π′[values]``; 0 for an empty block."""
-        return dot(self.e, values) / self.total.clamp_min(torch.finfo(self.e.dtype).tiny)
+        return dot(self.e, values) / self.safe_total
 
     def moments(
         self, values: Float[Tensor, "n v"]
