@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from capo.core.rules import NatsThreshold, QuantileThresholds, SoftThresholds, make_rule
     from capo.core.selection import PAPER_THRESHOLDS, Reason, Selection, Thresholds, select
     from capo.core.steps import AdamStep, GivenStep, MomentumStep, SGDStep
+    from capo.core.trust_region import TrustRegion, auto_policy_shift, make_trust_region
 
 __version__ = "0.1.0"
 
@@ -35,9 +36,12 @@ __all__ = [
     "Thresholds",
     "TokenCurvature",
     "TruncationBound",
+    "TrustRegion",
     "__version__",
+    "auto_policy_shift",
     "interaction",
     "make_rule",
+    "make_trust_region",
     "proposed_step",
     "select",
     "token_curvature",
@@ -45,6 +49,9 @@ __all__ = [
 
 # The core needs torch, which takes a second to import: too long for `capo --help`.
 _HOMES = {
+    "TrustRegion": "capo.core.trust_region",
+    "auto_policy_shift": "capo.core.trust_region",
+    "make_trust_region": "capo.core.trust_region",
     "Budget": "capo.core.budget",
     "Interaction": "capo.core.budget",
     "interaction": "capo.core.budget",

@@ -36,6 +36,31 @@ def proposed_step(
         InputError: the optimizer does not hold the parameter, or there is no gradient.
     """
     group = _group_of(optimizer, parameter)
+    return _proposed(optimizer, group, parameter, grad)
+
+
+class ProposedStep:
+    """The step that an optimizer is about to take, parameter by parameter, computed when asked for.
+
+    Args:
+        optimizer: between ``backward`` (gradients as they will be used: unscaled, clipped) and ``step``.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+
+    def __call__(self, parameter: Float[Tensor, "..."]) -> Float[Tensor, "..."] | None:
+        """``Δ`` of one parameter; None where the optimizer does not hold it or it has no gradient."""
+        group = self._groups.get(id(parameter))
+        if group is None or parameter.grad is None:
+            return None
+        return _proposed(self.optimizer, group, parameter, None)
+
+
+def _proposed(
+    optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, grad: Tensor | None
+) -> Tensor:
     grad = parameter.grad if grad is None else grad
     if grad is None:
         raise InputError("parameter", "must have a gradient: call this between backward and step.")

@@ -1,4 +1,4 @@
-"""CAPO's part of a checkpoint: the simulated moments, one safetensors file."""
+"""CAPO's part of a checkpoint, the simulated moments and the trust region: one safetensors file."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ def save_state(directory: Path, state: dict[str, Any] | None) -> None:
     save_file(tensors, directory / STATE_FILE, metadata={"values": json.dumps(values)})
 
 
-def load_state(directory: Path) -> dict[str, Any]:
-    """Read what :func:`save_state` wrote.
+def load_state(directory: Path, *, required: bool) -> dict[str, Any]:
+    """Read what :func:`save_state` wrote; empty where there is none and none is `required`.
 
     Raises:
         InputError: the checkpoint has no such file.
     """
     path = directory / STATE_FILE
     if not path.is_file():
+        if not required:
+            return {}
         raise InputError(
             "resume_from_checkpoint",
             f"{directory} holds no {STATE_FILE}, the simulated moments; it must be a checkpoint of "

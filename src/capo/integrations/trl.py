@@ -34,7 +34,13 @@ from trl import GRPOConfig, GRPOTrainer
 import capo
 from capo.core.errors import InputError
 from capo.core.statistics import IMPLEMENTATIONS
-from capo.integrations._trl_head import capture_hidden, predicting_positions, read_head
+from capo.core.trust_region import last_layers
+from capo.integrations._trl_head import (
+    capture_hidden,
+    causal_lm,
+    predicting_positions,
+    read_head,
+)
 from capo.integrations._trl_judge import (
     Judge,
     PolicyPass,
@@ -45,15 +51,17 @@ from capo.integrations._trl_judge import (
 from capo.integrations._trl_loss import LOSS_TYPES, GradientGate, token_loss_scale
 from capo.integrations._trl_state import load_state, save_state
 from capo.integrations._trl_step import StepModel, unwrapped_optimizer
+from capo.integrations._trl_trust import ShiftRecord, StepControl
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from capo.core.selection import Rule
 
-__all__ = ["CAPOConfig", "CAPOTrainer", "TokenRecord"]
+__all__ = ["CAPOConfig", "CAPOTrainer", "ShiftRecord", "TokenRecord"]
 
 TokenCallback = Callable[[TokenRecord], None]
+ShiftCallback = Callable[[ShiftRecord], None]
 
 _CHOICES = {
     "step_model": ("adam", "sgd"),
@@ -89,12 +97,19 @@ class CAPOConfig(GRPOConfig):  # type: ignore[misc]
         advantage_baseline: ``"group"``, TRL's advantages; ``"none"``, REINFORCE without a baseline:
             the advantage is the weighted sum of the rewards, neither centred nor scaled.
         impl: backend of the curvature, see `capo.token_curvature`.
+        trust_region: keep every optimizer step within a policy shift. None: off. ``"auto"``: a budget
+            that follows from entropy, batch and length. A number: the budget δ, mean KL in nats a token.
+            A dict: `capo.TrustRegion`'s arguments, `policy_shift` None to measure without scaling.
 
     Raises:
         InputError: a value is not allowed; names the field and what is.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "selection"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *GRPOConfig._VALID_DICT_FIELDS,
+        "selection",
+        "trust_region",
+    ]
 
     selection: dict[str, Any] | str | None = field(
         default=None,
@@ -116,6 +131,10 @@ class CAPOConfig(GRPOConfig):  # type: ignore[misc]
         default="group", metadata={"help": "'group', or 'none' for REINFORCE."}
     )
     impl: str = field(default="auto", metadata={"help": "Backend of the curvature."})
+    trust_region: dict[str, Any] | str | float | None = field(
+        default=None,
+        metadata={"help": "'auto', a budget in nats a token, or a dict of options; None: off."},
+    )
 
     def __post_init__(self) -> None:
         """Check what CAPO adds, then let TRL check the rest."""
@@ -137,7 +156,18 @@ class CAPOConfig(GRPOConfig):  # type: ignore[misc]
                 "'none' needs multi_objective_aggregation='sum_then_normalize', since it does not "
                 "normalise.",
             )
+        if isinstance(self.trust_region, str):
+            self.trust_region = _number(self.trust_region)
         self.rule()
+        self.region()
+
+    def region(self) -> capo.TrustRegion | None:
+        """The trust region that `trust_region` stands for, or None.
+
+        Raises:
+            InputError: `trust_region` is not possible.
+        """
+        return capo.make_trust_region(self.trust_region)
 
     def rule(self) -> Rule | None:
         """The selection rule that `selection` stands for, or None.
@@ -148,12 +178,21 @@ class CAPOConfig(GRPOConfig):  # type: ignore[misc]
         return capo.make_rule(self.selection)
 
 
+def _number(text: str) -> str | float:
+    """A number that a command line handed over as text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
     """`GRPOTrainer` that judges every token's step before it is taken.
 
     Args:
         *args: as for `GRPOTrainer`; `args` may be a plain `GRPOConfig`, which selects nothing.
         token_callbacks: called with a :class:`TokenRecord` for every micro-batch that was judged.
+        shift_callbacks: called with a :class:`ShiftRecord` for every step that was measured.
         **kwargs: as for `GRPOTrainer`.
 
     Raises:
@@ -161,29 +200,58 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
     """
 
     def __init__(
-        self, *args: Any, token_callbacks: list[TokenCallback] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        token_callbacks: list[TokenCallback] | None = None,
+        shift_callbacks: list[ShiftCallback] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Build the trainer as TRL does; then check that what it trains can be judged."""
         super().__init__(*args, **kwargs)
         self.token_callbacks = list(token_callbacks or ())
         self._judge = self._make_judge()
+        self._control = self._make_control(list(shift_callbacks or ()))
         self._gate: GradientGate | None = None
         self._grad_norm: float | None = None
         self._rewards: Tensor | None = None
-        if self._judge is not None:
-            self.add_callback(_OptimizerStepTaken(self._optimizer_step_taken))
+        if self._judge is not None or self._control is not None:
+            self.add_callback(_AroundOptimizerStep(self._before_step, self._after_step))
+
+    @property
+    def last_policy_shift(self) -> float | None:
+        """Measured policy shift of the last optimizer step (nats a token); None without `trust_region`."""
+        return None if self._control is None else self._control.last_policy_shift
+
+    def _single_process(self, field_name: str) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.accelerator.num_processes > 1:
+            raise InputError(
+                field_name,
+                "is not supported with FSDP, DeepSpeed or several processes yet; train in a single "
+                f"process or set {field_name}=None.",
+            )
+
+    def _make_control(self, shift_callbacks: list[ShiftCallback]) -> StepControl | None:
+        region = self.args.region() if isinstance(self.args, CAPOConfig) else None
+        if region is None:
+            return None
+        self._single_process("trust_region")
+        policy = self.model
+        if region.predictor == "deep":
+            last_layers(causal_lm(policy).base_model, region.depth)  # raises where there are fewer
+        read_head(policy, self.temperature)
+        return StepControl(
+            region,
+            iterations=self.args.num_iterations,
+            seed=self.args.seed,
+            shift_callbacks=shift_callbacks,
+        )
 
     def _make_judge(self) -> Judge | None:
         args = self.args
         rule = args.rule() if isinstance(args, CAPOConfig) else None
         if rule is None:
             return None
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.accelerator.num_processes > 1:
-            raise InputError(
-                "selection",
-                "is not supported with FSDP, DeepSpeed or several processes yet; train in a single "
-                "process or set selection=None.",
-            )
+        self._single_process("selection")
         if self.loss_type not in LOSS_TYPES:
             raise InputError("loss_type", f"must be one of {', '.join(LOSS_TYPES)} with selection.")
         vocabulary = read_head(self.model, self.temperature).weight.size(0)
@@ -207,25 +275,47 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         }
         return Judge(rule, step_model, options)
 
-    # Selection: between the loss and its backward pass
+    # Between the loss and its backward pass
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
-        if self._judge is None or not self.model.training:
+        if (self._judge is None and self._control is None) or not self.model.training:
             unchanged: Tensor = super()._compute_loss(model, inputs)
             return unchanged
         policy = self.accelerator.unwrap_model(model)
-        gate = self._gate = GradientGate()
+        gate = self._gate = None if self._judge is None else GradientGate()
         try:
             with capture_hidden(policy) as passes:
                 loss: Tensor = super()._compute_loss(model, inputs)
         finally:
             self._gate = None
-        completion_ids = inputs["completion_ids"]
         mask = inputs["completion_mask"]
         mask = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+        hidden = predicting_positions(torch.cat(passes), mask.size(1))
+        if gate is not None:
+            self._select(policy, inputs, mask, hidden, loss, gate)
+        if self._control is not None:
+            self._control.collect(
+                inputs,
+                mask.bool(),
+                hidden,
+                step=self.state.global_step,
+                accumulation_steps=self.current_gradient_accumulation_steps,
+            )
+        return loss
+
+    def _select(
+        self,
+        policy: torch.nn.Module,
+        inputs: dict[str, Any],
+        mask: Tensor,
+        hidden: Tensor,
+        loss: Tensor,
+        gate: GradientGate,
+    ) -> None:
+        assert self._judge is not None
         judged = PolicyPass(
-            hidden=predicting_positions(torch.cat(passes), completion_ids.size(1)),
-            token_ids=completion_ids,
+            hidden=hidden,
+            token_ids=inputs["completion_ids"],
             mask=mask.bool(),
             loss_gradient=gate.gradient(loss),
             loss_scale=self._loss_scale(mask, inputs) / self.current_gradient_accumulation_steps,
@@ -240,7 +330,6 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
             record = token_record(self.state.global_step, inputs, judged, verdict)
             for callback in self.token_callbacks:
                 callback(record)
-        return loss
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         log_probs, *others = super()._get_per_token_logps_and_entropies(*args, **kwargs)
@@ -265,15 +354,47 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self._grad_norm = float(norm)
         return norm
 
-    def _optimizer_step_taken(self) -> None:
-        assert self._judge is not None
-        if self.accelerator.optimizer_step_was_skipped:  # overflow under fp16
-            self._judge.step_model.discard()
-        elif self._grad_norm is None:
-            self._judge.step_model.advance()
-        else:
-            self._judge.step_model.advance(self.args.max_grad_norm, self._grad_norm)
+    def _before_step(self) -> None:
+        if self._control is None:
+            return
+        policy = self.accelerator.unwrap_model(self.model)
+        head = read_head(policy, self.temperature)
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients()  # done already where gradients are clipped
+        self._control.before_step(
+            policy,
+            head,
+            unwrapped_optimizer(self.optimizer),
+            self.accelerator.autocast,
+            exact_hidden=self.accelerator.mixed_precision == "no"
+            and head.weight.dtype in (torch.float32, torch.float64),
+        )
+
+    def _after_step(self) -> None:
+        skipped = self.accelerator.optimizer_step_was_skipped  # overflow under fp16
+        if self._control is not None:
+            self._control.restore(unwrapped_optimizer(self.optimizer))
+            if skipped:
+                self._control.discard()
+            else:
+                self._measure(self._control)
+        if self._judge is not None:
+            if skipped:
+                self._judge.step_model.discard()
+            elif self._grad_norm is None:
+                self._judge.step_model.advance()
+            else:
+                self._judge.step_model.advance(self.args.max_grad_norm, self._grad_norm)
         self._grad_norm = None
+
+    def _measure(self, control: StepControl) -> None:
+        policy = self.accelerator.unwrap_model(self.model)
+        head = read_head(policy, self.temperature)
+        ledger = control.after_step(
+            policy, head, self.accelerator.autocast, self.state.global_step + 1
+        )
+        for name, value in ledger.items():
+            self._metrics["train"][name].append(value)
 
     # REINFORCE without a baseline
 
@@ -301,22 +422,37 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        if self._judge is not None and self.args.should_save and not self.args.save_only_model:
+        if self.args.should_save and not self.args.save_only_model:
             folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            directory = Path(self._get_output_dir(trial=trial)) / folder
-            save_state(directory, self._judge.step_model.state_dict())
+            state: dict[str, Any] = {}
+            if self._judge is not None:
+                state |= self._judge.step_model.state_dict() or {}
+            if self._control is not None:
+                state |= self._control.state_dict()
+            save_state(Path(self._get_output_dir(trial=trial)) / folder, state or None)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | os.PathLike[str] | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self._judge is not None and self._judge.step_model.simulated and checkpoint is not None:
-            self._judge.step_model.load_state_dict(load_state(Path(checkpoint)))
+        if checkpoint is None:
+            return
+        simulated = self._judge is not None and self._judge.step_model.simulated
+        state = load_state(Path(checkpoint), required=simulated)
+        if self._control is not None:
+            self._control.load_state_dict(state)
+        state.pop("trust_region", None)
+        if simulated and self._judge is not None:
+            self._judge.step_model.load_state_dict(state)
 
 
-class _OptimizerStepTaken(TrainerCallback):  # type: ignore[misc]
-    """Calls back when the optimizer has stepped (or would have, but for an overflow)."""
+class _AroundOptimizerStep(TrainerCallback):  # type: ignore[misc]
+    """Calls before the optimizer steps and when it has stepped (or would have, but for overflow)."""
 
-    def __init__(self, notify: Callable[[], None]) -> None:
-        self._notify = notify
+    def __init__(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        self._before = before
+        self._after = after
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._before()
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self._notify()
+        self._after()

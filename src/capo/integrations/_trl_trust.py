@@ -1,0 +1,429 @@
+"""The trust region in TRL: between the clipped gradient and the optimizer's step.
+
+The order at every optimizer step is: accumulate, (unscale,) clip, foresee the policy shift, shorten the
+step by lowering the learning rates for this one step, step, restore the learning rates, measure, and
+only then the scheduler. Every torch optimizer's update is proportional to its learning rate, decoupled
+weight decay included, so that this shortens the step and changes no direction and no moment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from capo.core.proposed import ProposedStep
+from capo.core.statistics.problem import Head, compute_dtype
+from capo.core.trust_region import (
+    Calibration,
+    Divergence,
+    Probe,
+    Reference,
+    StepChoice,
+    StepLength,
+    TrustRegion,
+    auto_policy_shift,
+    choose_tokens,
+)
+from capo.integrations._trl_head import LMHead, causal_lm
+from capo.integrations._trl_sample import Sample, draw_sample
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+NO_STEP = StepChoice(0.0, math.inf, 0.0, 0, capped=True)
+
+
+@dataclass(frozen=True)
+class ShiftRecord:
+    """What one optimizer step did to the completions on which it was measured. CPU tensors.
+
+    Attributes:
+        step: optimizer steps taken, this one included.
+        token_ids: ``[n, T]``.
+        mask: True on the tokens that count, ``[n, T]``; elsewhere the rest means nothing.
+        divergence: KL(before ‖ after) in nats, ``[n, T]``; NaN where it was not measured (a large
+            vocabulary's reference holds only so many tokens).
+        advantage: ``[n, T]``.
+        log_ratio: change of the sampled token's log-probability, ``[n, T]``.
+        prompt_ids, prompt_mask: ``[n, P]``, left-padded.
+    """
+
+    step: int
+    token_ids: Int[Tensor, "n T"]
+    mask: Bool[Tensor, "n T"]
+    divergence: Float[Tensor, "n T"]
+    advantage: Float[Tensor, "n T"]
+    log_ratio: Float[Tensor, "n T"]
+    prompt_ids: Int[Tensor, "n P"]
+    prompt_mask: Int[Tensor, "n P"]
+
+
+@dataclass
+class _Batch:
+    """One optimizer step's samples and the reference on them."""
+
+    samples: list[Sample]
+    chosen: Int[Tensor, " M"]  # of the samples' counted tokens, in their order
+    reference: Reference
+    hidden: Float[Tensor, "M d"]
+    weights: Float[Tensor, " M"]
+
+    def run(self, backbone: nn.Module) -> Float[Tensor, "M d"]:
+        return torch.cat([sample.run(backbone) for sample in self.samples])[self.chosen]
+
+    @property
+    def entropy(self) -> float:
+        """Weighted mean entropy of the reference, nats a token."""
+        log_probs = self.reference.log_probs
+        entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
+        return float((entropy * self.weights).sum() / self.weights.sum())
+
+    @property
+    def lengths(self) -> Int[Tensor, " n"]:
+        """Counted tokens of every completion."""
+        return torch.cat([sample.mask.sum(-1) for sample in self.samples])
+
+    @property
+    def mean_length(self) -> float:
+        """Weighted mean of the completions' lengths, tokens."""
+        weight = torch.cat([sample.weight for sample in self.samples])
+        return float((self.lengths * weight).sum() / weight.sum())
+
+
+class StepControl:
+    """Foresees, shortens and measures every optimizer step of a trainer.
+
+    Args:
+        region: what to do.
+        iterations: optimizer steps on the same completions.
+        seed: of the choice of completions; no other random numbers are touched.
+        shift_callbacks: called with a :class:`ShiftRecord` after every step.
+    """
+
+    def __init__(
+        self,
+        region: TrustRegion,
+        *,
+        iterations: int,
+        seed: int,
+        shift_callbacks: list[Callable[[ShiftRecord], None]],
+    ) -> None:
+        self.region = region
+        self.iterations = iterations
+        self.seed = seed
+        self.shift_callbacks = shift_callbacks
+        self.length = StepLength(region.cruise)
+        self.calibration = Calibration()
+        self.last_policy_shift: float | None = None
+        self._samples: list[Sample] = []
+        self._completions = 0
+        self._lrs: list[Any] | None = None
+        self._pending: _Pending | None = None
+
+    # Before the step
+
+    def collect(
+        self,
+        inputs: dict[str, Any],
+        mask: Bool[Tensor, "B T"],
+        hidden: Float[Tensor, "B T d"],
+        *,
+        step: int,
+        accumulation_steps: int,
+    ) -> None:
+        """Keep some completions of a micro-batch of the coming step."""
+        batch, sequences = mask.size(0), self.region.sequences
+        self._completions += batch
+        if sequences is not None:
+            done = len(self._samples)
+            sequences = sequences * (done + 1) // accumulation_steps - (
+                sequences * done // accumulation_steps
+            )
+        if sequences == 0:
+            return
+        name = (self.seed * 1_000_003 + step) * 1_009 + len(self._samples)
+        generator = torch.Generator().manual_seed(name % (1 << 62))
+        self._samples.append(draw_sample(inputs, mask, hidden, sequences, generator))
+
+    def before_step(
+        self,
+        policy: nn.Module,
+        head: LMHead,
+        optimizer: torch.optim.Optimizer,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        *,
+        exact_hidden: bool,
+    ) -> None:
+        """Choose the factor on the step that the gradients propose, and set the learning rates to it.
+
+        Args:
+            policy: the unwrapped model.
+            head: its head.
+            optimizer: the torch optimizer that is about to step.
+            autocast: the trainer's mixed precision.
+            exact_hidden: whether another forward pass of the same tokens gives the training pass's
+                hidden states to rounding far below a step's effect (float32 without autocast), so that
+                these can be used again.
+        """
+        samples, self._samples = self._samples, []
+        completions, self._completions = self._completions, 0
+        if not any(bool(sample.mask.any()) for sample in samples):
+            return
+        backbone = causal_lm(policy).base_model
+        core_head = _core_head(head)
+        with _eval_mode(policy), autocast():
+            batch = _make_batch(samples, core_head, None if exact_hidden else backbone)
+            probe = Probe(
+                backbone,
+                lambda: batch.run(backbone),
+                core_head,
+                head.parameter,
+                ProposedStep(optimizer),
+                batch.reference,
+                batch.hidden,
+                batch.weights,
+            )
+            lr = max(float(group["lr"]) for group in optimizer.param_groups)
+            budget = self._budget(batch, completions)
+            pending = self._choose(probe, budget, lr)
+        pending.batch, pending.budget = batch, budget
+        self._pending = pending
+        self._lrs = _scale_learning_rates(optimizer, pending.choice.scale)
+        if pending.choice.scale == 0.0:  # no finite step: 0 · NaN would still be NaN
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+    def _budget(self, batch: _Batch, completions: int) -> float | None:
+        shift = self.region.policy_shift
+        if shift == "auto":
+            return auto_policy_shift(batch.entropy, completions, self.iterations, batch.mean_length)
+        return shift
+
+    def _choose(self, probe: Probe, budget: float | None, lr: float) -> _Pending:
+        objective: dict[float, float] = {}
+
+        def measured(scale: float) -> float:
+            shift = probe.mean(probe.after(scale))
+            objective[scale] = shift.objective
+            return shift.policy
+
+        if self.region.predictor == "measured":
+            if budget is None:
+                choice = StepChoice(1.0, shift := measured(1.0), shift, 1, capped=False)
+            else:
+                choice = self.length.choose(measured, budget, lr)
+            nearest = min(objective, key=lambda s: abs(s - choice.scale), default=None)
+            predicted = (
+                0.0 if not nearest else objective[nearest] * choice.scale / nearest
+            )  # first order from the nearest trial
+            return _Pending(choice, predicted)
+        depth = 0 if self.region.predictor == "head" else self.region.depth
+        divergence = probe.along(depth)
+        raw = probe.mean(divergence)
+        slope = _slope(probe, divergence)
+        factor = self.calibration.factor if self.region.predictor == "head" else 1.0
+        trial: Callable[[float], float] = measured
+        if factor is not None:  # uncalibrated, the head knows no absolute size: measure instead
+            curvature = raw.policy * factor
+
+            def second_order(scale: float) -> float:
+                return curvature * scale**2
+
+            trial = second_order
+        if budget is None:
+            shift = trial(1.0)
+            choice = StepChoice(1.0, shift, shift, probe.passes, capped=False)
+        else:
+            choice = self.length.choose(trial, budget, lr)
+        s = choice.scale
+        return _Pending(choice, slope * s + (raw.objective - slope) * s * s, raw.policy)
+
+    # After the step
+
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give the learning rates back to the scheduler."""
+        if self._lrs is not None:
+            for group, lr in zip(optimizer.param_groups, self._lrs, strict=True):
+                group["lr"] = lr
+        self._lrs = None
+
+    def discard(self) -> None:
+        """Forget the step: the optimizer skipped it."""
+        self._pending = None
+
+    @torch.no_grad()
+    def after_step(
+        self,
+        policy: nn.Module,
+        head: LMHead,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        step: int,
+    ) -> dict[str, float]:
+        """Measure the step that was taken, learn from it, and return the ledger's entries."""
+        pending, self._pending = self._pending, None
+        if pending is None or pending.batch is None:
+            return {}
+        batch = pending.batch
+        backbone = causal_lm(policy).base_model
+        core_head = _core_head(head)
+        with _eval_mode(policy), autocast():
+            hidden = batch.run(backbone).to(core_head.dtype)
+            raw = core_head.raw(hidden, slice(0, core_head.vocabulary))
+            divergence = batch.reference.to(core_head.activate(raw).z)
+        share = batch.weights / batch.weights.sum()
+        measured = float(divergence.policy_shift @ share)
+        observed = float(divergence.objective_shift @ share)
+        self.last_policy_shift = measured
+        if pending.raw is not None and self.region.predictor == "head":
+            self.calibration.observe(pending.raw * pending.choice.scale**2, measured)
+        for callback in self.shift_callbacks:
+            callback(_record(batch, divergence, step))
+        return _ledger(pending, batch, measured, observed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` continues from: plain numbers."""
+        return {
+            "trust_region": {
+                "length": self.length.state_dict(),
+                "calibration": self.calibration.state_dict(),
+            }
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`; one saved without a trust region starts anew."""
+        own = state.get("trust_region")
+        if own is not None:
+            self.length.load_state_dict(own["length"])
+            self.calibration.load_state_dict(own["calibration"])
+
+
+@dataclass
+class _Pending:
+    """A step between its choice and its measurement."""
+
+    choice: StepChoice
+    objective: float  # predicted, of the step as taken, mean over tokens
+    raw: float | None = None  # the predictor's uncalibrated shift of the whole step
+    batch: _Batch | None = None
+    budget: float | None = None
+
+
+def _make_batch(samples: list[Sample], head: Head, backbone: nn.Module | None) -> _Batch:
+    """The reference on the samples' tokens; from a new forward pass where `backbone` is given."""
+    mask = torch.cat([sample.mask.flatten() for sample in samples])
+    counted = torch.ones(int(mask.sum()), dtype=torch.bool, device=mask.device)
+    chosen = choose_tokens(counted, head.vocabulary)
+
+    def tokens(values: list[Tensor]) -> Tensor:
+        return torch.cat(values)[chosen]
+
+    with torch.no_grad():
+        if backbone is None:
+            hidden = tokens([sample.at_tokens(sample.hidden) for sample in samples])
+        else:
+            hidden = tokens([sample.run(backbone) for sample in samples])
+        raw = head.raw(hidden.to(head.dtype), slice(0, head.vocabulary))
+        reference = Reference(
+            torch.log_softmax(head.activate(raw).z, dim=-1),
+            tokens([sample.at_tokens(sample.token_ids) for sample in samples]),
+            tokens([sample.at_tokens(sample.advantage) for sample in samples]).to(head.dtype),
+        )
+    weights = tokens([sample.token_weights() for sample in samples]).to(head.dtype)
+    return _Batch(samples, chosen, reference, hidden, weights)
+
+
+def _core_head(head: LMHead) -> Head:
+    options = head.logit_options
+    return Head(
+        head.weight,
+        options["head_bias"],
+        options["temperature"],
+        options["logit_scale"],
+        options["logit_softcap"],
+        compute_dtype(head.weight),
+    )
+
+
+def _slope(probe: Probe, divergence: Divergence) -> float:
+    """First-order objective shift of the whole step: mean of ``A s``."""
+    linear = divergence._replace(objective_shift=probe.reference.advantages * divergence.log_ratio)
+    return probe.mean(linear).objective
+
+
+def _scale_learning_rates(optimizer: torch.optim.Optimizer, scale: float) -> list[Any]:
+    """Multiply every group's learning rate; returns what they were."""
+    before = [group["lr"] for group in optimizer.param_groups]
+    if scale != 1.0:
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * scale
+    return before
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _ledger(pending: _Pending, batch: _Batch, measured: float, observed: float) -> dict[str, float]:
+    choice = pending.choice
+    longest = int(batch.lengths.max())
+    largest = float(batch.reference.advantages.abs().max())
+    # Theorem 5.1 for episodes of at most T tokens, γ = 1 (docs/theorem.md).
+    constant = math.sqrt(2.0) * largest * longest * (longest - 1)
+    entries = {
+        "scale": choice.scale,
+        "proposed_policy_shift": choice.proposed,
+        "predicted_policy_shift": choice.predicted,
+        "measured_policy_shift": measured,
+        "predicted_objective_shift": pending.objective,
+        "observed_objective_shift": observed,
+        "trials": float(choice.trials),
+        "omega": pending.objective * batch.mean_length,
+        "penalty": constant * math.sqrt(max(measured, 0.0)),
+    }
+    if pending.budget is not None:
+        entries["budget"] = pending.budget
+        entries["met"] = float(measured <= pending.budget)
+    return {f"capo/trust/{name}": value for name, value in entries.items()}
+
+
+def _record(batch: _Batch, divergence: Divergence, step: int) -> ShiftRecord:
+    width = max(sample.token_ids.size(1) for sample in batch.samples)
+    counted = sum(int(sample.mask.sum()) for sample in batch.samples)
+
+    def pad(values: list[Tensor], size: int, *, left: bool = False) -> Tensor:
+        room = [(size - v.size(1), 0) if left else (0, size - v.size(1)) for v in values]
+        padded = [torch.nn.functional.pad(v, r) for v, r in zip(values, room, strict=True)]
+        return torch.cat(padded).cpu()
+
+    mask = pad([sample.mask for sample in batch.samples], width)
+
+    def per_token(values: Tensor) -> Tensor:
+        flat = torch.full((counted,), math.nan)
+        flat[batch.chosen.cpu()] = values.float().cpu()
+        return torch.full(mask.shape, math.nan).masked_scatter_(mask, flat)
+
+    prompt = max(sample.prompt_ids.size(1) for sample in batch.samples)
+    return ShiftRecord(
+        step=step,
+        token_ids=pad([sample.token_ids for sample in batch.samples], width),
+        mask=mask,
+        divergence=per_token(divergence.policy_shift),
+        advantage=pad([sample.advantage for sample in batch.samples], width),
+        log_ratio=per_token(divergence.log_ratio),
+        prompt_ids=pad([sample.prompt_ids for sample in batch.samples], prompt, left=True),
+        prompt_mask=pad([sample.prompt_mask for sample in batch.samples], prompt, left=True),
+    )
