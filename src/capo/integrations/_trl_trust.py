@@ -208,23 +208,22 @@ class StepControl:
         return shift
 
     def _choose(self, probe: Probe, budget: float | None, lr: float) -> _Pending:
-        objective: dict[float, float] = {}
+        tried: dict[float, Divergence] = {}
 
         def measured(scale: float) -> float:
-            shift = probe.mean(probe.after(scale))
-            objective[scale] = shift.objective
-            return shift.policy
+            tried[scale] = probe.after(scale)
+            return probe.mean(tried[scale]).policy
 
         if self.region.predictor == "measured":
             if budget is None:
                 choice = StepChoice(1.0, shift := measured(1.0), shift, 1, capped=False)
             else:
                 choice = self.length.choose(measured, budget, lr)
-            nearest = min(objective, key=lambda s: abs(s - choice.scale), default=None)
-            predicted = (
-                0.0 if not nearest else objective[nearest] * choice.scale / nearest
-            )  # first order from the nearest trial
-            return _Pending(choice, predicted)
+            nearest = min(tried, key=lambda s: abs(s - choice.scale), default=0.0)
+            predicted = 0.0
+            if nearest:  # to first order from there
+                predicted = probe.mean(tried[nearest]).objective * choice.scale / nearest
+            return _Pending(choice, predicted, divergence=tried.get(choice.scale))
         depth = 0 if self.region.predictor == "head" else self.region.depth
         divergence = probe.along(depth)
         raw = probe.mean(divergence)
@@ -267,17 +266,22 @@ class StepControl:
         autocast: Callable[[], AbstractContextManager[Any]],
         step: int,
     ) -> dict[str, float]:
-        """Measure the step that was taken, learn from it, and return the ledger's entries."""
+        """Measure the step that was taken, learn from it, and return the ledger's entries.
+
+        A step that was tried at the very length that was taken has been measured already.
+        """
         pending, self._pending = self._pending, None
         if pending is None or pending.batch is None:
             return {}
         batch = pending.batch
         backbone = causal_lm(policy).base_model
         core_head = _core_head(head)
-        with _eval_mode(policy), autocast():
-            hidden = batch.run(backbone).to(core_head.dtype)
-            raw = core_head.raw(hidden, slice(0, core_head.vocabulary))
-            divergence = batch.reference.to(core_head.activate(raw).z)
+        divergence = pending.divergence
+        if divergence is None:
+            with _eval_mode(policy), autocast():
+                hidden = batch.run(backbone).to(core_head.dtype)
+                raw = core_head.raw(hidden, slice(0, core_head.vocabulary))
+                divergence = batch.reference.to(core_head.activate(raw).z)
         share = batch.weights / batch.weights.sum()
         measured = float(divergence.policy_shift @ share)
         observed = float(divergence.objective_shift @ share)
@@ -312,6 +316,7 @@ class _Pending:
     choice: StepChoice
     objective: float  # predicted, of the step as taken, mean over tokens
     raw: float | None = None  # the predictor's uncalibrated shift of the whole step
+    divergence: Divergence | None = None  # of the very step as taken, where it was tried
     batch: _Batch | None = None
     budget: float | None = None
 
