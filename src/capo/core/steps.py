@@ -210,16 +210,23 @@ class AdamStep:
         """``Δ`` for loss-gradient rows ``grad`` at head rows ``weight``."""
         beta1, beta2 = self.betas
         correction1, correction2 = self.bias_corrections
-        first, second = (1.0 - beta1) * grad, (1.0 - beta2) * grad * grad
+        # In place from here on: a whole model's step passes through.
+        update, second = (1.0 - beta1) * grad, (1.0 - beta2) * grad
+        second.mul_(grad)
         if self.exp_avg is not None and self.exp_avg_sq is not None:
-            first = first + beta1 * self.exp_avg[rows].to(grad.dtype)
+            update.add_(self.exp_avg[rows].to(grad.dtype), alpha=beta1)
             old = self.exp_avg_sq[rows].to(grad.dtype)
             # Frozen: v̂ is the moment of the last step, with that step's bias correction.
-            second = second + beta2 * old if self.preconditioner == "exact" else old
+            second = (
+                second.add_(old, alpha=beta2) if self.preconditioner == "exact" else old.clone()
+            )
         if self.preconditioner == "frozen":
             correction2 = 1.0 - beta2**self.step
-        update = (first / correction1) / ((second / correction2).sqrt() + self.eps)
-        return -self.lr * (update + self.weight_decay * weight)
+        update.div_(second.sqrt_().div_(math.sqrt(correction2)).add_(self.eps))
+        update.mul_(-self.lr / correction1)
+        return (
+            update.sub_(weight, alpha=self.lr * self.weight_decay) if self.weight_decay else update
+        )
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ class Sample:
         advantage: ``[n, T]``.
         weight: sequences of the micro-batch that each stands for, ``[n]``.
         hidden: input of the LM head at the predicting positions in the training pass, ``[n, T, d]``.
+        rows: which of the micro-batch they are, ``[n]``.
     """
 
     prompt_ids: Int[Tensor, "n P"]
@@ -35,6 +36,7 @@ class Sample:
     advantage: Float[Tensor, "n T"]
     weight: Float[Tensor, " n"]
     hidden: Float[Tensor, "n T d"]
+    rows: Int[Tensor, " n"]
 
     def run(self, backbone: nn.Module) -> Float[Tensor, "tokens d"]:
         """The backbone's output at the positions that predict the counted tokens."""
@@ -50,6 +52,10 @@ class Sample:
     def at_tokens(self, values: Tensor) -> Tensor:
         """``values [n, T, …]`` at the counted tokens."""
         return values[self.mask]
+
+    def again(self, hidden: Float[Tensor, "B T d"]) -> Float[Tensor, "tokens d"]:
+        """These completions' part of a later training pass of the same micro-batch."""
+        return self.at_tokens(hidden[self.rows, : self.token_ids.size(1)].detach())
 
     def token_weights(self) -> Float[Tensor, " tokens"]:
         """``weight`` of every counted token's sequence."""
@@ -92,6 +98,7 @@ def draw_sample(
         advantage=advantages[rows, :length].float(),
         weight=weight.to(prompts.device),
         hidden=hidden[rows, :length].detach(),
+        rows=rows,
     )
 
 

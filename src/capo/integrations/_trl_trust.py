@@ -126,6 +126,9 @@ class StepControl:
         self._completions = 0
         self._lrs: list[Any] | None = None
         self._pending: _Pending | None = None
+        self._micro_batches: list[Tensor] = []  # their completions, by which they are told apart
+        self._previous: _Taken | None = None
+        self._seen_again: list[Tensor] = []
 
     # Before the step
 
@@ -141,16 +144,44 @@ class StepControl:
         """Keep some completions of a micro-batch of the coming step."""
         batch, sequences = mask.size(0), self.region.sequences
         self._completions += batch
+        self._see_again(inputs["completion_ids"], hidden)
         if sequences is not None:
             done = len(self._samples)
             sequences = sequences * (done + 1) // accumulation_steps - (
                 sequences * done // accumulation_steps
             )
         if sequences == 0:
-            return
+            sequences = 1
         name = (self.seed * 1_000_003 + step) * 1_009 + len(self._samples)
         generator = torch.Generator().manual_seed(name % (1 << 62))
         self._samples.append(draw_sample(inputs, mask, hidden, sequences, generator))
+
+    def _see_again(self, completions: Tensor, hidden: Float[Tensor, "B T d"]) -> None:
+        """On completions that the last step was of, this pass shows for free what that step did."""
+        previous, index = self._previous, len(self._micro_batches)
+        self._micro_batches.append(completions)
+        if previous is None:
+            return
+        before = previous.micro_batches
+        if index >= len(before) or before[index] is not completions:
+            self._previous = None
+            return
+        self._seen_again.append(previous.batch.samples[index].again(hidden))
+
+    def _last_step(self, head: Head, exact_hidden: bool) -> tuple[float, float] | None:
+        """Policy shift of the last step, and ``κ``: what that is of a unit of learning rate, squared.
+
+        None where this batch is not the last step's, or training passes cannot be compared.
+        """
+        previous, self._previous = self._previous, None
+        seen, self._seen_again = self._seen_again, []
+        if previous is None or not exact_hidden or len(seen) != len(previous.micro_batches):
+            return None
+        batch = previous.batch
+        raw = head.raw(torch.cat(seen)[batch.chosen].to(head.dtype), slice(0, head.vocabulary))
+        divergence = batch.reference.to(head.activate(raw).z)
+        shift = float(divergence.policy_shift @ batch.weights / batch.weights.sum())
+        return shift, shift / previous.length**2
 
     def before_step(
         self,
@@ -173,6 +204,7 @@ class StepControl:
                 these can be used again.
         """
         samples, self._samples = self._samples, []
+        micro_batches, self._micro_batches = self._micro_batches, []
         completions, self._completions = self._completions, 0
         if not any(bool(sample.mask.any()) for sample in samples):
             return
@@ -192,9 +224,14 @@ class StepControl:
             )
             lr = max(float(group["lr"]) for group in optimizer.param_groups)
             budget = self._budget(batch, completions)
-            pending = self._choose(probe, budget, lr)
+            last = self._last_step(core_head, exact_hidden)
+            pending = self._choose(probe, budget, lr, None if last is None else last[1])
         pending.batch, pending.budget = batch, budget
+        pending.last_policy_shift = None if last is None else last[0]
         self._pending = pending
+        length = pending.choice.scale * lr
+        if length > 0 and self.iterations > 1:
+            self._previous = _Taken(batch, micro_batches, length)
         self._lrs = _scale_learning_rates(optimizer, pending.choice.scale)
         if pending.choice.scale == 0.0:  # no finite step: 0 · NaN would still be NaN
             for group in optimizer.param_groups:
@@ -207,7 +244,9 @@ class StepControl:
             return auto_policy_shift(batch.entropy, completions, self.iterations, batch.mean_length)
         return shift
 
-    def _choose(self, probe: Probe, budget: float | None, lr: float) -> _Pending:
+    def _choose(
+        self, probe: Probe, budget: float | None, lr: float, last_curvature: float | None
+    ) -> _Pending:
         tried: dict[float, Divergence] = {}
 
         def measured(scale: float) -> float:
@@ -215,6 +254,11 @@ class StepControl:
             return probe.mean(tried[scale]).policy
 
         if self.region.predictor == "measured":
+            if last_curvature is not None and budget is not None:
+                # The same completions again: what the last step did foretells what this one will.
+                kappa = last_curvature * lr**2
+                choice = self.length.choose(lambda scale: kappa * scale**2, budget, lr)
+                return _Pending(choice, None)
             if budget is None:
                 choice = StepChoice(1.0, shift := measured(1.0), shift, 1, capped=False)
             else:
@@ -273,6 +317,10 @@ class StepControl:
         pending, self._pending = self._pending, None
         if pending is None or pending.batch is None:
             return {}
+        if pending.objective is None:  # it will be seen in the next pass
+            if pending.last_policy_shift is not None:
+                self.last_policy_shift = pending.last_policy_shift
+            return _ledger(pending, pending.batch)
         batch = pending.batch
         backbone = causal_lm(policy).base_model
         core_head = _core_head(head)
@@ -290,7 +338,8 @@ class StepControl:
             self.calibration.observe(pending.raw * pending.choice.scale**2, measured)
         for callback in self.shift_callbacks:
             callback(_record(batch, divergence, step))
-        return _ledger(pending, batch, measured, observed)
+        entries = {"measured_policy_shift": measured, "observed_objective_shift": observed}
+        return _ledger(pending, batch, entries)
 
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` continues from: plain numbers."""
@@ -314,11 +363,21 @@ class _Pending:
     """A step between its choice and its measurement."""
 
     choice: StepChoice
-    objective: float  # predicted, of the step as taken, mean over tokens
+    objective: float | None  # predicted, of the step as taken, mean over tokens; None: not tried
     raw: float | None = None  # the predictor's uncalibrated shift of the whole step
     divergence: Divergence | None = None  # of the very step as taken, where it was tried
     batch: _Batch | None = None
     budget: float | None = None
+    last_policy_shift: float | None = None  # of the step before, where this one's pass showed it
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A step that was taken, to be seen again when its completions are."""
+
+    batch: _Batch
+    micro_batches: list[Tensor]
+    length: float  # scale × learning rate
 
 
 def _make_batch(samples: list[Sample], head: Head, backbone: nn.Module | None) -> _Batch:
@@ -382,26 +441,32 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _ledger(pending: _Pending, batch: _Batch, measured: float, observed: float) -> dict[str, float]:
+def _ledger(
+    pending: _Pending, batch: _Batch, measured: dict[str, float] | None = None
+) -> dict[str, float]:
     choice = pending.choice
-    longest = int(batch.lengths.max())
-    largest = float(batch.reference.advantages.abs().max())
-    # Theorem 5.1 for episodes of at most T tokens, γ = 1 (docs/theorem.md).
-    constant = math.sqrt(2.0) * largest * longest * (longest - 1)
     entries = {
         "scale": choice.scale,
         "proposed_policy_shift": choice.proposed,
         "predicted_policy_shift": choice.predicted,
-        "measured_policy_shift": measured,
-        "predicted_objective_shift": pending.objective,
-        "observed_objective_shift": observed,
-        "trials": float(choice.trials),
-        "omega": pending.objective * batch.mean_length,
-        "penalty": constant * math.sqrt(max(measured, 0.0)),
+        "trials": float(choice.trials if pending.objective is not None else 0),
+        **(measured or {}),
     }
     if pending.budget is not None:
         entries["budget"] = pending.budget
-        entries["met"] = float(measured <= pending.budget)
+    if pending.last_policy_shift is not None:
+        entries["last_measured_policy_shift"] = pending.last_policy_shift
+    if pending.objective is not None and measured is not None:
+        shift = measured["measured_policy_shift"]
+        # Theorem 5.1 for episodes of at most T tokens, γ = 1 (docs/theorem.md).
+        longest = int(batch.lengths.max())
+        largest = float(batch.reference.advantages.abs().max())
+        constant = math.sqrt(2.0) * largest * longest * (longest - 1)
+        entries["predicted_objective_shift"] = pending.objective
+        entries["omega"] = pending.objective * batch.mean_length
+        entries["penalty"] = constant * math.sqrt(max(shift, 0.0))
+        if pending.budget is not None:
+            entries["met"] = float(shift <= pending.budget)
     return {f"capo/trust/{name}": value for name, value in entries.items()}
 
 

@@ -10,7 +10,6 @@ from capo.core.errors import InputError
 from capo.core.trust_region.probe import Depth
 
 Predictor = Literal["measured", "deep", "head"]
-StepLengthRule = Literal["radius", "quadratic"]
 
 ENTROPY_PER_COMPLETION = 3.2e-3
 """Share of the policy's entropy that one completion is worth (measured: docs/LOG.md)."""
@@ -32,8 +31,6 @@ class TrustRegion:
         sequences: completions of a step's batch on which it is predicted and measured, spread evenly
             over the prompts; None for all.
         depth: layers that ``"deep"`` sees: ``"all"``, or the last n and the head.
-        step_length: ``"radius"``: as long as the budget allows. ``"quadratic"``: no longer than where
-            the objective shift, cross-validated over the batch's halves, is largest.
         cruise: share of the budget that a typical step uses.
 
     Raises:
@@ -42,9 +39,8 @@ class TrustRegion:
 
     policy_shift: float | Literal["auto"] | None = "auto"
     predictor: Predictor = "measured"
-    sequences: int | None = 24
+    sequences: int | None = 8
     depth: Depth = "all"
-    step_length: StepLengthRule = "radius"
     cruise: float = 0.25
 
     def __post_init__(self) -> None:
@@ -54,10 +50,6 @@ class TrustRegion:
             raise _error("policy_shift", f"must be 'auto', None or a number > 0, got {shift!r}.")
         if self.predictor not in get_args(Predictor):
             raise _error("predictor", f"must be {_list(Predictor)}, got {self.predictor!r}.")
-        if self.step_length not in get_args(StepLengthRule):
-            raise _error(
-                "step_length", f"must be {_list(StepLengthRule)}, got {self.step_length!r}."
-            )
         if self.sequences is not None and not _integer(self.sequences, 1):
             raise _error("sequences", f"must be an integer ≥ 1 or None, got {self.sequences!r}.")
         if self.depth != "all" and not _integer(self.depth, 0):

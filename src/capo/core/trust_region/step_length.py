@@ -81,8 +81,9 @@ class StepLength:
         curvature = search.curvature
         if curvature is not None:
             self._remember(curvature / lr**2)
-            if first:
-                scale = min(1.0, math.sqrt(self.cruise * budget / curvature))
+            exact = min(1.0, math.sqrt(self.cruise * budget / curvature))
+            if first and exact <= scale / math.sqrt(NEAR):  # else it is out of the trials' reach
+                scale = exact
         shift = search.predicted(scale)
         capped = not shift <= budget
         if capped:

@@ -57,7 +57,7 @@ class StepTrial:
             if step is None:
                 return None
             value = parameter.detach()
-            return (value.to(step.dtype) + scale * step).to(value.dtype)
+            return torch.add(value.to(step.dtype), step, alpha=scale).to(value.dtype)
 
         with torch.no_grad():
             return self._run(displaced, call)
