@@ -12,7 +12,12 @@ import typer
 from capo.cli.training import INTERRUPTED, AsJson, Quiet
 from capo.core.errors import InputError
 
-BENCHES = {"step": "capo.lab.bench_step", "core": "capo.lab.bench_core"}
+BENCHES = {
+    "step": "capo.lab.bench_step",
+    "core": "capo.lab.bench_core",
+    "fidelity": "capo.lab.bench_fidelity",
+    "trust-region": "capo.lab.study.command",
+}
 
 
 def demo(
@@ -79,9 +84,11 @@ def pretrain(
 
 def bench(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="step|core", help="What to time.")],
+    what: Annotated[
+        str, typer.Argument(metavar="step|core|fidelity|trust-region", help="What to measure.")
+    ],
 ) -> None:
-    """Time a training step against plain GRPO (step), or the curvature itself (core)."""
+    """Time a step (step, core), judge its predictors (fidelity), compare rules (trust-region)."""
     if what not in BENCHES:
         raise InputError("bench", f"must be one of {', '.join(BENCHES)}, got {what!r}.")
     importlib.import_module(BENCHES[what]).main(context.args)

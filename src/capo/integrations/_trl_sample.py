@@ -82,7 +82,7 @@ def draw_sample(
         generator: on the CPU, for this purpose alone.
     """
     prompts = inputs["prompt_ids"]
-    rows, weight = _spread(prompts.cpu(), sequences, generator)
+    rows, weight = spread(prompts.cpu(), sequences, generator)
     # Causal: what comes after the last completion's end is not needed.
     length = int(inputs["completion_mask"][rows].sum(-1).max())
     advantages = inputs["advantages"]
@@ -102,7 +102,7 @@ def draw_sample(
     )
 
 
-def _spread(
+def spread(
     prompts: Int[Tensor, "B P"], sequences: int | None, generator: torch.Generator
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
     """Rows, and how many rows of its prompt each stands for."""

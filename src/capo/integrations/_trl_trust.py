@@ -18,83 +18,32 @@ import torch
 from torch import nn
 
 from capo.core.proposed import ProposedStep
-from capo.core.statistics.problem import Head, compute_dtype
+from capo.core.statistics.problem import Head
 from capo.core.trust_region import (
     Calibration,
     Divergence,
     Probe,
-    Reference,
     StepChoice,
     StepLength,
     TrustRegion,
     auto_policy_shift,
-    choose_tokens,
+)
+from capo.integrations._trl_batch import (
+    ShiftRecord,
+    StepBatch,
+    core_head,
+    head_logits,
+    make_batch,
+    shift_record,
 )
 from capo.integrations._trl_head import LMHead, causal_lm
 from capo.integrations._trl_sample import Sample, draw_sample
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Bool, Float
     from torch import Tensor
 
 NO_STEP = StepChoice(0.0, math.inf, 0.0, 0, capped=True)
-
-
-@dataclass(frozen=True)
-class ShiftRecord:
-    """What one optimizer step did to the completions on which it was measured. CPU tensors.
-
-    Attributes:
-        step: optimizer steps taken, this one included.
-        token_ids: ``[n, T]``.
-        mask: True on the tokens that count, ``[n, T]``; elsewhere the rest means nothing.
-        divergence: KL(before ‖ after) in nats, ``[n, T]``; NaN where it was not measured (a large
-            vocabulary's reference holds only so many tokens).
-        advantage: ``[n, T]``.
-        log_ratio: change of the sampled token's log-probability, ``[n, T]``.
-        prompt_ids, prompt_mask: ``[n, P]``, left-padded.
-    """
-
-    step: int
-    token_ids: Int[Tensor, "n T"]
-    mask: Bool[Tensor, "n T"]
-    divergence: Float[Tensor, "n T"]
-    advantage: Float[Tensor, "n T"]
-    log_ratio: Float[Tensor, "n T"]
-    prompt_ids: Int[Tensor, "n P"]
-    prompt_mask: Int[Tensor, "n P"]
-
-
-@dataclass
-class _Batch:
-    """One optimizer step's samples and the reference on them."""
-
-    samples: list[Sample]
-    chosen: Int[Tensor, " M"]  # of the samples' counted tokens, in their order
-    reference: Reference
-    hidden: Float[Tensor, "M d"]
-    weights: Float[Tensor, " M"]
-
-    def run(self, backbone: nn.Module) -> Float[Tensor, "M d"]:
-        return torch.cat([sample.run(backbone) for sample in self.samples])[self.chosen]
-
-    @property
-    def entropy(self) -> float:
-        """Weighted mean entropy of the reference, nats a token."""
-        log_probs = self.reference.log_probs
-        entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
-        return float((entropy * self.weights).sum() / self.weights.sum())
-
-    @property
-    def lengths(self) -> Int[Tensor, " n"]:
-        """Counted tokens of every completion."""
-        return torch.cat([sample.mask.sum(-1) for sample in self.samples])
-
-    @property
-    def mean_length(self) -> float:
-        """Weighted mean of the completions' lengths, tokens."""
-        weight = torch.cat([sample.weight for sample in self.samples])
-        return float((self.lengths * weight).sum() / weight.sum())
 
 
 class StepControl:
@@ -178,8 +127,7 @@ class StepControl:
         if previous is None or not exact_hidden or len(seen) != len(previous.micro_batches):
             return None
         batch = previous.batch
-        raw = head.raw(torch.cat(seen)[batch.chosen].to(head.dtype), slice(0, head.vocabulary))
-        divergence = batch.reference.to(head.activate(raw).z)
+        divergence = batch.reference.to(head_logits(head, torch.cat(seen)[batch.chosen]))
         shift = float(divergence.policy_shift @ batch.weights / batch.weights.sum())
         return shift, shift / previous.length**2
 
@@ -209,13 +157,20 @@ class StepControl:
         if not any(bool(sample.mask.any()) for sample in samples):
             return
         backbone = causal_lm(policy).base_model
-        core_head = _core_head(head)
-        with _eval_mode(policy), autocast():
-            batch = _make_batch(samples, core_head, None if exact_hidden else backbone)
+        lm_head = core_head(head)
+
+        def hidden() -> Tensor:  # the head's own sums are done in full precision
+            with torch.no_grad(), autocast():
+                return batch.run(backbone)
+
+        with _eval_mode(policy):
+            batch = make_batch(samples, lm_head)
+            if not exact_hidden:
+                batch = batch.with_hidden(hidden(), lm_head)
             probe = Probe(
                 backbone,
-                lambda: batch.run(backbone),
-                core_head,
+                hidden,
+                lm_head,
                 head.parameter,
                 ProposedStep(optimizer),
                 batch.reference,
@@ -224,8 +179,8 @@ class StepControl:
             )
             lr = max(float(group["lr"]) for group in optimizer.param_groups)
             budget = self._budget(batch, completions)
-            last = self._last_step(core_head, exact_hidden)
-            pending = self._choose(probe, budget, lr, None if last is None else last[1])
+            last = self._last_step(lm_head, exact_hidden)
+            pending = self._choose(probe, batch, budget, lr, None if last is None else last[1])
         pending.batch, pending.budget = batch, budget
         pending.last_policy_shift = None if last is None else last[0]
         self._pending = pending
@@ -238,14 +193,19 @@ class StepControl:
                 for parameter in group["params"]:
                     parameter.grad = None
 
-    def _budget(self, batch: _Batch, completions: int) -> float | None:
+    def _budget(self, batch: StepBatch, completions: int) -> float | None:
         shift = self.region.policy_shift
         if shift == "auto":
             return auto_policy_shift(batch.entropy, completions, self.iterations, batch.mean_length)
         return shift
 
     def _choose(
-        self, probe: Probe, budget: float | None, lr: float, last_curvature: float | None
+        self,
+        probe: Probe,
+        batch: StepBatch,
+        budget: float | None,
+        lr: float,
+        last_curvature: float | None,
     ) -> _Pending:
         tried: dict[float, Divergence] = {}
 
@@ -323,13 +283,12 @@ class StepControl:
             return _ledger(pending, pending.batch)
         batch = pending.batch
         backbone = causal_lm(policy).base_model
-        core_head = _core_head(head)
+        lm_head = core_head(head)
         divergence = pending.divergence
         if divergence is None:
             with _eval_mode(policy), autocast():
-                hidden = batch.run(backbone).to(core_head.dtype)
-                raw = core_head.raw(hidden, slice(0, core_head.vocabulary))
-                divergence = batch.reference.to(core_head.activate(raw).z)
+                hidden = batch.run(backbone)
+            divergence = batch.reference.to(head_logits(lm_head, hidden))
         share = batch.weights / batch.weights.sum()
         measured = float(divergence.policy_shift @ share)
         observed = float(divergence.objective_shift @ share)
@@ -337,7 +296,7 @@ class StepControl:
         if pending.raw is not None and self.region.predictor == "head":
             self.calibration.observe(pending.raw * pending.choice.scale**2, measured)
         for callback in self.shift_callbacks:
-            callback(_record(batch, divergence, step))
+            callback(shift_record(batch, divergence, step))
         entries = {"measured_policy_shift": measured, "observed_objective_shift": observed}
         return _ledger(pending, batch, entries)
 
@@ -366,7 +325,7 @@ class _Pending:
     objective: float | None  # predicted, of the step as taken, mean over tokens; None: not tried
     raw: float | None = None  # the predictor's uncalibrated shift of the whole step
     divergence: Divergence | None = None  # of the very step as taken, where it was tried
-    batch: _Batch | None = None
+    batch: StepBatch | None = None
     budget: float | None = None
     last_policy_shift: float | None = None  # of the step before, where this one's pass showed it
 
@@ -375,45 +334,9 @@ class _Pending:
 class _Taken:
     """A step that was taken, to be seen again when its completions are."""
 
-    batch: _Batch
+    batch: StepBatch
     micro_batches: list[Tensor]
     length: float  # scale × learning rate
-
-
-def _make_batch(samples: list[Sample], head: Head, backbone: nn.Module | None) -> _Batch:
-    """The reference on the samples' tokens; from a new forward pass where `backbone` is given."""
-    mask = torch.cat([sample.mask.flatten() for sample in samples])
-    counted = torch.ones(int(mask.sum()), dtype=torch.bool, device=mask.device)
-    chosen = choose_tokens(counted, head.vocabulary)
-
-    def tokens(values: list[Tensor]) -> Tensor:
-        return torch.cat(values)[chosen]
-
-    with torch.no_grad():
-        if backbone is None:
-            hidden = tokens([sample.at_tokens(sample.hidden) for sample in samples])
-        else:
-            hidden = tokens([sample.run(backbone) for sample in samples])
-        raw = head.raw(hidden.to(head.dtype), slice(0, head.vocabulary))
-        reference = Reference(
-            torch.log_softmax(head.activate(raw).z, dim=-1),
-            tokens([sample.at_tokens(sample.token_ids) for sample in samples]),
-            tokens([sample.at_tokens(sample.advantage) for sample in samples]).to(head.dtype),
-        )
-    weights = tokens([sample.token_weights() for sample in samples]).to(head.dtype)
-    return _Batch(samples, chosen, reference, hidden, weights)
-
-
-def _core_head(head: LMHead) -> Head:
-    options = head.logit_options
-    return Head(
-        head.weight,
-        options["head_bias"],
-        options["temperature"],
-        options["logit_scale"],
-        options["logit_softcap"],
-        compute_dtype(head.weight),
-    )
 
 
 def _slope(probe: Probe, divergence: Divergence) -> float:
@@ -442,7 +365,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _ledger(
-    pending: _Pending, batch: _Batch, measured: dict[str, float] | None = None
+    pending: _Pending, batch: StepBatch, measured: dict[str, float] | None = None
 ) -> dict[str, float]:
     choice = pending.choice
     entries = {
@@ -468,32 +391,3 @@ def _ledger(
         if pending.budget is not None:
             entries["met"] = float(shift <= pending.budget)
     return {f"capo/trust/{name}": value for name, value in entries.items()}
-
-
-def _record(batch: _Batch, divergence: Divergence, step: int) -> ShiftRecord:
-    width = max(sample.token_ids.size(1) for sample in batch.samples)
-    counted = sum(int(sample.mask.sum()) for sample in batch.samples)
-
-    def pad(values: list[Tensor], size: int, *, left: bool = False) -> Tensor:
-        room = [(size - v.size(1), 0) if left else (0, size - v.size(1)) for v in values]
-        padded = [torch.nn.functional.pad(v, r) for v, r in zip(values, room, strict=True)]
-        return torch.cat(padded).cpu()
-
-    mask = pad([sample.mask for sample in batch.samples], width)
-
-    def per_token(values: Tensor) -> Tensor:
-        flat = torch.full((counted,), math.nan)
-        flat[batch.chosen.cpu()] = values.float().cpu()
-        return torch.full(mask.shape, math.nan).masked_scatter_(mask, flat)
-
-    prompt = max(sample.prompt_ids.size(1) for sample in batch.samples)
-    return ShiftRecord(
-        step=step,
-        token_ids=pad([sample.token_ids for sample in batch.samples], width),
-        mask=mask,
-        divergence=per_token(divergence.policy_shift),
-        advantage=pad([sample.advantage for sample in batch.samples], width),
-        log_ratio=per_token(divergence.log_ratio),
-        prompt_ids=pad([sample.prompt_ids for sample in batch.samples], prompt, left=True),
-        prompt_mask=pad([sample.prompt_mask for sample in batch.samples], prompt, left=True),
-    )

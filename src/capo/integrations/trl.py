@@ -35,6 +35,7 @@ import capo
 from capo.core.errors import InputError
 from capo.core.statistics import IMPLEMENTATIONS
 from capo.core.trust_region import last_layers
+from capo.integrations._trl_batch import ShiftRecord
 from capo.integrations._trl_head import (
     capture_hidden,
     causal_lm,
@@ -51,7 +52,7 @@ from capo.integrations._trl_judge import (
 from capo.integrations._trl_loss import LOSS_TYPES, GradientGate, token_loss_scale
 from capo.integrations._trl_state import load_state, save_state
 from capo.integrations._trl_step import StepModel, unwrapped_optimizer
-from capo.integrations._trl_trust import ShiftRecord, StepControl
+from capo.integrations._trl_trust import StepControl
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -50,6 +50,7 @@ class StepBench:
         judging: the part of `capo` in which tokens are judged, in (wall, CPU) seconds.
         threads: CPU threads of torch.
         completions: completions in a step.
+        num_iterations: optimizer steps on the same completions.
     """
 
     plain: list[Times]
@@ -57,6 +58,7 @@ class StepBench:
     judging: list[Times]
     threads: int
     completions: int
+    num_iterations: int = 1
 
     @property
     def ratio(self) -> float:
@@ -69,8 +71,14 @@ class StepBench:
         return self._ratio(1)
 
     def _ratio(self, clock: int) -> float:
-        pairs = zip(self.capo, self.plain, strict=True)
-        return statistics.median(capo[clock] / plain[clock] for capo, plain in pairs)
+        # Whole batches: with several steps on the same completions the first one generates.
+        k = self.num_iterations
+        totals = [
+            [sum(step[clock] for step in times[i : i + k]) for i in range(0, len(times), k)]
+            for times in (self.capo, self.plain)
+        ]
+        capo, plain = totals
+        return float(statistics.median(c / p for c, p in zip(capo, plain, strict=True)))
 
     def summary(self) -> str:
         """The medians and the ratios, for people."""
@@ -87,7 +95,7 @@ class StepBench:
                 f"  {'':<22}{'wall':>12} {'CPU':>12}",
                 row("GRPOTrainer, a step", self.plain),
                 row("CAPOTrainer, a step", self.capo),
-                row("  of it judging", self.judging),
+                *([row("  of it judging", self.judging)] if self.judging else []),
                 f"  {'ratio':<22}{self.ratio:9.3f}    {self.cpu_ratio:9.3f}",
                 f"  {verdict} the budget of {BUDGET}",
             ]
@@ -102,6 +110,7 @@ def bench_step(
     threads: int = 2,
     completions: int = 96,
     policy: str = "embedded:sums",
+    num_iterations: int = 1,
     **capo_settings: Any,
 ) -> StepBench:
     """Time plain and CAPO steps in alternating rounds.
@@ -113,6 +122,7 @@ def bench_step(
         threads: CPU threads for torch.
         completions: completions in a step, a multiple of 8.
         policy: what `capo.policies.load_policy` takes.
+        num_iterations: optimizer steps on the same completions.
         **capo_settings: fields of `CAPOConfig`; by default ``selection="capo"``.
 
     Raises:
@@ -125,10 +135,12 @@ def bench_step(
         raise InputError("warmup", f"must be at least 0, got {warmup}")
     if completions < 8 or completions % 8:
         raise InputError("completions", f"must be a positive multiple of 8, got {completions}")
+    if num_iterations < 1 or steps % num_iterations or warmup % num_iterations:
+        raise InputError("num_iterations", f"must divide steps and warmup, got {num_iterations}")
     capo_settings.setdefault("selection", "capo")
     times: dict[str, list[Times]] = {"plain": [], "capo": [], "judging": []}
     with _torch_threads(threads), tempfile.TemporaryDirectory() as directory:
-        run = _Runner(policy, completions, steps + warmup, directory)
+        run = _Runner(policy, completions, steps + warmup, num_iterations, directory)
         for index in range(rounds):
             # Whoever goes second may find a cooler or a busier machine: take turns.
             order = ("plain", "capo") if index % 2 == 0 else ("capo", "plain")
@@ -136,19 +148,23 @@ def bench_step(
                 seconds, judging = run(name, seed=index, **capo_settings)
                 times[name] += seconds[warmup:]
                 times["judging"] += judging[warmup:]
-    return StepBench(**times, threads=threads, completions=completions)
+    return StepBench(
+        **times, threads=threads, completions=completions, num_iterations=num_iterations
+    )
 
 
 class _Runner:
     """Runs one trainer for one round."""
 
-    def __init__(self, policy: str, completions: int, steps: int, directory: str) -> None:
+    def __init__(
+        self, policy: str, completions: int, steps: int, num_iterations: int, directory: str
+    ) -> None:
         from datasets import Dataset
 
         from capo.tasks import load_task
 
         self.policy, self.completions, self.steps = policy, completions, steps
-        self.directory = directory
+        self.num_iterations, self.directory = num_iterations, directory
         self.task = load_task("sums")
         problems = self.task.train_problems(steps * completions // 8, seed=0)
         self.answers = {problem.prompt: problem for problem in problems}
@@ -171,6 +187,7 @@ class _Runner:
             "max_steps": self.steps,
             "learning_rate": 1e-9,
             "seed": seed,
+            "num_iterations": self.num_iterations,
             "bf16": False,
             "activation_checkpointing": False,
             "use_cpu": True,
@@ -266,7 +283,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--completions", type=int, default=96, help="completions in a step")
     parser.add_argument("--policy", default="embedded:sums", help="policy to train")
+    parser.add_argument("--selection", default="capo", help="token selection, or none")
+    parser.add_argument("--trust-region", default="none", help="auto, a policy shift, or none")
+    parser.add_argument("--num-iterations", type=int, default=1, help="steps on a batch")
     options = vars(parser.parse_args(arguments))
+    if options["selection"] == "none":
+        options["selection"] = None
     warnings.simplefilter("ignore", FutureWarning)  # TRL and transformers about each other
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     print(bench_step(**options).summary())

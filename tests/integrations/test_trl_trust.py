@@ -1,0 +1,326 @@
+"""The trust region inside a real trainer."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+
+from capo import InputError
+from capo.integrations.trl import CAPOTrainer, ShiftRecord
+
+from . import trl_kit as kit
+
+BUDGET = 2e-3
+ALL: dict[str, Any] = {"policy_shift": BUDGET, "sequences": None}
+
+
+class AroundSteps(TrainerCallback):  # type: ignore[misc]
+    """The full policy's log-probabilities around every step, computed by nothing of CAPO's."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.inputs: list[dict[str, Any]] = []
+        self.shifts: list[float] = []
+        self.rates: list[float] = []
+
+    def attach(self, trainer: Any) -> None:
+        self.trainer = trainer
+        compute = trainer._compute_loss
+
+        def keep(model: Any, inputs: dict[str, Any]) -> Any:
+            self.inputs.append(inputs)
+            return compute(model, inputs)
+
+        trainer._compute_loss = keep
+        # Before CAPO's own callback, which changes the learning rates.
+        trainer.callback_handler.callbacks.insert(0, self)
+
+    def log_probs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        found = []
+        for inputs in self.inputs:
+            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+            attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+            with torch.no_grad():
+                logits = self.trainer.model(input_ids=ids, attention_mask=attention).logits
+            width = inputs["completion_ids"].size(1)
+            logits = logits[:, -width - 1 : -1].double() / self.trainer.temperature
+            found.append(F.log_softmax(logits, -1)[inputs["completion_mask"].bool()])
+        return torch.cat(found), torch.ones(0)
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.before = self.log_probs()[0]
+        self.rates.append(float(self.trainer.optimizer.param_groups[0]["lr"]))
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        after = self.log_probs()[0]
+        self.shifts.append(float((self.before.exp() * (self.before - after)).sum(-1).mean()))
+        self.inputs = []
+
+
+def run(tmp_path: Path, **overrides: Any) -> tuple[Any, AroundSteps, list[dict[str, Any]]]:
+    watch = AroundSteps()
+    instance = kit.trainer(tmp_path, **overrides)
+    watch.attach(instance)
+    instance.train()
+    rows = [row for row in instance.state.log_history if "capo/trust/scale" in row]
+    return instance, watch, rows
+
+
+@pytest.mark.parametrize("predictor", ["measured", "deep", "head"])
+@pytest.mark.parametrize("lr", [1e-3, 1e-1])
+def test_every_step_stays_within_the_budget(tmp_path: Path, predictor: str, lr: float) -> None:
+    instance, watch, rows = run(
+        tmp_path,
+        trust_region={**ALL, "predictor": predictor},
+        learning_rate=lr,
+        max_steps=6,
+    )
+    assert len(rows) == len(watch.shifts) == 6
+    measured = [row["capo/trust/measured_policy_shift"] for row in rows]
+    assert measured == pytest.approx(watch.shifts, rel=2e-2, abs=1e-7)
+    # The head predicts from what it has learned so far; the others are held to their word.
+    allowed = {"measured": 1.02, "deep": 1.5, "head": 20.0}[predictor]
+    assert max(watch.shifts) <= BUDGET * allowed
+    if lr == 1e-1:
+        assert max(row["capo/trust/scale"] for row in rows) < 0.5
+        assert max(watch.shifts) > BUDGET / 50  # it is not stopped either
+    assert {float(group["lr"]) for group in instance.optimizer.param_groups} == {lr}
+    assert set(watch.rates) == {lr}  # what the scheduler set was restored before the next step
+
+
+def test_the_planted_fault_is_caught(tmp_path: Path) -> None:
+    """Without the trust region the same run breaks the budget: the test above can fail."""
+    _, watch, rows = run(
+        tmp_path, trust_region={**ALL, "policy_shift": None}, learning_rate=1e-1, max_steps=6
+    )
+    assert max(watch.shifts) > 20 * BUDGET
+    measured = [row["capo/trust/measured_policy_shift"] for row in rows]
+    assert measured == pytest.approx(watch.shifts, rel=2e-2)
+    assert all("capo/trust/budget" not in row for row in rows)
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_measuring_alone_changes_no_weight(tmp_path: Path, iterations: int) -> None:
+    stock = kit.trainer(tmp_path / "stock", cls=GRPOTrainer, num_iterations=iterations, max_steps=4)
+    stock.train()
+    watched = kit.trainer(
+        tmp_path / "watched",
+        trust_region={"policy_shift": None},
+        num_iterations=iterations,
+        max_steps=4,
+    )
+    watched.train()
+    kit.assert_same_weights(kit.weights(stock), kit.weights(watched))
+    assert watched.last_policy_shift > 0
+
+
+def test_the_step_is_the_optimizers_own_made_shorter(tmp_path: Path) -> None:
+    """One step with scale s is AdamW's step at learning rate s · lr, weight decay included."""
+    instance, _, rows = run(
+        tmp_path / "a", trust_region=ALL, max_steps=1, weight_decay=0.1, learning_rate=0.05
+    )
+    scale = rows[0]["capo/trust/scale"]
+    assert 0 < scale < 1
+    stock = kit.trainer(
+        tmp_path / "b", cls=GRPOTrainer, max_steps=1, weight_decay=0.1, learning_rate=0.05 * scale
+    )
+    stock.train()
+    ours, theirs = kit.weights(instance), kit.weights(stock)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-7)
+
+
+def test_the_learning_rate_does_not_matter(tmp_path: Path) -> None:
+    ends = []
+    for lr in (0.02, 0.2):
+        instance, _, rows = run(tmp_path / str(lr), trust_region=ALL, learning_rate=lr, max_steps=5)
+        assert all(row["capo/trust/scale"] < 1 for row in rows)
+        ends.append(kit.weights(instance))
+    start = kit.policy().state_dict()
+    for name in ends[0]:
+        moved = (ends[0][name] - start[name]).norm()
+        apart = (ends[0][name] - ends[1][name]).norm()
+        assert apart <= 0.1 * moved + 1e-6, name
+
+
+def test_accumulated_micro_batches_are_one_step(tmp_path: Path) -> None:
+    _, watch, rows = run(
+        tmp_path,
+        trust_region=ALL,
+        learning_rate=1e-1,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_steps=4,
+    )
+    measured = [row["capo/trust/measured_policy_shift"] for row in rows]
+    assert measured == pytest.approx(watch.shifts, rel=2e-2, abs=1e-7)
+    assert max(watch.shifts) <= BUDGET * 1.02
+
+
+def test_several_passes_are_seen_again_for_free(tmp_path: Path) -> None:
+    _, watch, rows = run(
+        tmp_path, trust_region=ALL, learning_rate=1e-1, num_iterations=4, max_steps=8
+    )
+    trials = [row["capo/trust/trials"] for row in rows]
+    assert [t > 0 for t in trials] == [True, False, False, False] * 2
+    for i, row in enumerate(rows):
+        if i % 4:  # the pass over the same completions shows what the step before did
+            seen = row["capo/trust/last_measured_policy_shift"]
+            assert seen == pytest.approx(watch.shifts[i - 1], rel=2e-2, abs=1e-7)
+    assert max(watch.shifts) <= 2 * BUDGET
+
+
+def test_clipping_comes_first_and_schedules_go_on(tmp_path: Path) -> None:
+    instance, watch, rows = run(
+        tmp_path,
+        trust_region=ALL,
+        learning_rate=1e-1,
+        max_grad_norm=1e-2,
+        lr_scheduler_type="linear",
+        max_steps=5,
+    )
+    assert watch.rates == pytest.approx([0.1, 0.08, 0.06, 0.04, 0.02])
+    assert max(watch.shifts) <= BUDGET * 1.02
+    measured = [row["capo/trust/measured_policy_shift"] for row in rows]
+    assert measured == pytest.approx(watch.shifts, rel=2e-2, abs=1e-7)
+    assert instance.lr_scheduler.get_last_lr()[0] == pytest.approx(0.0)
+
+
+def test_with_selection(tmp_path: Path) -> None:
+    _, watch, rows = run(
+        tmp_path,
+        selection={"policy_shift": 0.02, "objective_shift": [-0.1, 0.1]},
+        curvature_top_k=8,
+        trust_region=ALL,
+        learning_rate=1e-1,
+        max_steps=4,
+    )
+    assert max(watch.shifts) <= BUDGET * 1.02
+    assert all(row["capo/rejection_rate"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("family", list(kit.CONFIGS))
+def test_every_kind_of_head(tmp_path: Path, family: str) -> None:
+    _, watch, rows = run(
+        tmp_path,
+        model=kit.policy(family),
+        trust_region=ALL,
+        learning_rate=3e-2,
+        temperature=0.8,
+        max_steps=3,
+    )
+    measured = [row["capo/trust/measured_policy_shift"] for row in rows]
+    assert measured == pytest.approx(watch.shifts, rel=3e-2, abs=1e-7)
+    assert max(watch.shifts) <= BUDGET * 1.02
+
+
+def test_a_gradient_that_is_not_finite_is_not_taken(tmp_path: Path) -> None:
+    class Poison(TrainerCallback):  # type: ignore[misc]
+        def on_pre_optimizer_step(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            if state.global_step == 1:
+                next(iter(instance.model.parameters())).grad.fill_(math.nan)
+            elif state.global_step == 2:
+                self.weights = kit.weights(instance)
+                self.state = copy.deepcopy(instance.optimizer.state_dict()["state"])
+
+        def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            if state.global_step == 1:
+                self.before = kit.weights(instance)
+
+    poison = Poison()
+    instance = kit.trainer(tmp_path, trust_region=ALL, max_steps=3)
+    instance.callback_handler.callbacks.insert(0, poison)
+    instance.train()
+    kit.assert_same_weights(poison.before, poison.weights)
+    assert all(
+        bool(torch.isfinite(v).all())
+        for entry in poison.state.values()
+        for v in entry.values()
+        if torch.is_tensor(v)
+    )
+    scales = [r["capo/trust/scale"] for r in instance.state.log_history if "capo/trust/scale" in r]
+    assert scales[1] == 0.0
+    assert scales[2] > 0
+
+
+@pytest.mark.parametrize("predictor", ["measured", "head"])
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_resumed_weights_are_the_same(tmp_path: Path, predictor: str, iterations: int) -> None:
+    settings: dict[str, Any] = {
+        "trust_region": {**ALL, "predictor": predictor, "sequences": 3},
+        "learning_rate": 5e-2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 4,
+        "num_iterations": iterations,
+    }
+    whole = kit.trainer(tmp_path / "whole", **settings)
+    whole.train()
+    resumed = kit.trainer(tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    kit.assert_same_weights(kit.weights(whole), kit.weights(resumed))
+    forgetful = kit.trainer(tmp_path / "forgetful", **settings)
+    forgetful._control.load_state_dict = lambda _: None
+    forgetful.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    ours, theirs = kit.weights(forgetful), kit.weights(whole)
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_with_lora(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"])
+    model = peft.get_peft_model(kit.policy(), config)
+    _, watch, rows = run(tmp_path, model=model, trust_region=ALL, learning_rate=0.3, max_steps=4)
+    measured = [row["capo/trust/measured_policy_shift"] for row in rows]
+    assert measured == pytest.approx(watch.shifts, rel=2e-2, abs=1e-7)
+    assert max(watch.shifts) <= BUDGET * 1.02
+    assert max(watch.shifts) > BUDGET / 50
+
+
+def test_mixed_precision(tmp_path: Path) -> None:
+    _, watch, _ = run(tmp_path, trust_region=ALL, learning_rate=1e-1, bf16=True, max_steps=3)
+    assert max(watch.shifts) <= 1.3 * BUDGET  # the trial rounds to bfloat16, the check does not
+
+
+def test_records_name_the_tokens(tmp_path: Path) -> None:
+    records: list[ShiftRecord] = []
+    instance = CAPOTrainer(
+        model=kit.policy(),
+        reward_funcs=kit.reward,
+        args=kit.arguments(kit.CAPOConfig, tmp_path, trust_region={"sequences": 5}),
+        train_dataset=kit.dataset(),
+        processing_class=kit.tokenizer(),
+        shift_callbacks=[records.append],
+    )
+    instance.train()
+    assert [record.step for record in records] == [1, 2, 3]
+    rows = [r for r in instance.state.log_history if "capo/trust/measured_policy_shift" in r]
+    for record, row in zip(records, rows, strict=True):
+        assert record.token_ids.shape[0] == 5
+        kl = record.divergence[record.mask]
+        assert (kl >= 0).all()
+        assert record.divergence[~record.mask].isnan().all()
+        measured = row["capo/trust/measured_policy_shift"]
+        assert kl.min() <= measured <= kl.max()  # a weighted mean of them
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        ({"trust_region": "sometimes"}, "trust_region"),
+        ({"trust_region": {"predictor": "tarot"}}, "trust_region.predictor"),
+        ({"trust_region": {"predictor": "deep", "depth": 3}}, "depth"),
+    ],
+)
+def test_bad_options(tmp_path: Path, overrides: dict[str, Any], field: str) -> None:
+    with pytest.raises(InputError) as error:
+        kit.trainer(tmp_path, **overrides)
+    assert error.value.field.endswith(field)
