@@ -25,6 +25,7 @@ from capo.lab.sections import (
     sequence,
     validate,
 )
+from capo.lab.trust import TrustRegionTable, as_table
 
 LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
 Scaling = Literal["group", "batch", "none"]
@@ -182,9 +183,10 @@ def _selection(value: object) -> object:
 
 
 class CapoSection(Section):
-    """``[capo]``: which tokens are kept, and the step they are judged by.
+    """``[capo]``: which tokens are kept, the step they are judged by, and how far it may go.
 
-    ``watch`` judges (and records) the tokens of a run without selection; its weights stay the same.
+    ``watch`` judges (and records) the tokens of a run without selection, and measures the steps of a
+    run without trust region; its weights stay the same.
     """
 
     selection: Annotated[str | ThresholdsTable | RuleTable | None, BeforeValidator(_selection)] = (
@@ -197,6 +199,14 @@ class CapoSection(Section):
     top_k: Annotated[PositiveInt | None, BeforeValidator(none_word)] = 50
     renormalize: bool = True
     grad_scale: PositiveFloat = 1.0
+    trust_region: Annotated[TrustRegionTable | None, BeforeValidator(as_table)] = None
+
+    @property
+    def ledger(self) -> TrustRegionTable | None:
+        """The trust region by which steps are measured, whether or not it scales them."""
+        if self.trust_region is None and self.watch:
+            return as_table({"policy_shift": None})
+        return self.trust_region
 
     @property
     def judges(self) -> bool:
@@ -216,6 +226,28 @@ class EvalSection(Section):
     seed: Seed = 20251000
 
 
+class RivalSection(Section):
+    """``[rival]``: a step rule of others, to be compared with; see `capo.lab.rivals`.
+
+    ``skip_on_spike``: no step where the gradient's norm, before clipping, exceeds ``spike_factor`` ×
+    the median of the last ``spike_window`` norms. ``kl_adaptive``: the learning rate follows the
+    measured policy shift of the last step, whose target is ``target_shift`` nats a token.
+    """
+
+    rule: Literal["none", "skip_on_spike", "kl_adaptive"] = "none"
+    spike_factor: Annotated[float, Field(gt=1)] = 2.0
+    spike_window: PositiveInt = 20
+    target_shift: PositiveFloat = 3e-3
+    min_learning_rate: PositiveFloat = 1e-6
+    max_learning_rate: PositiveFloat = 1e-2
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_learning_rate > self.max_learning_rate:
+            raise InputError("rival.min_learning_rate", "must not exceed rival.max_learning_rate.")
+        return self
+
+
 class RecordsSection(Section):
     """``[records]``: what is kept of every token of every step."""
 
@@ -233,6 +265,7 @@ class Config(Section):
     capo: CapoSection = CapoSection()
     eval: EvalSection = EvalSection()
     records: RecordsSection = RecordsSection()
+    rival: RivalSection = RivalSection()
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -264,6 +297,11 @@ class Config(Section):
             raise InputError(
                 "capo.moments",
                 "must be 'simulated' with training.optimizer 'sgd', which keeps no moments.",
+            )
+        if self.rival.rule == "kl_adaptive" and self.capo.ledger is None:
+            raise InputError(
+                "rival.rule",
+                "'kl_adaptive' needs measured steps: set capo.trust_region.policy_shift=none.",
             )
         return self
 

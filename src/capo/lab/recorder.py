@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from capo.lab.config import Config
 from capo.lab.evaluate import Evaluation
+from capo.lab.ledger import Alarms, Ledger
 from capo.lab.progress import Progress
 from capo.lab.rundir import RunDirectory
 
@@ -57,7 +58,7 @@ def stop_on_signals(progress: Progress) -> Iterator[StopRequest]:
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]
-    """Metrics, evaluations, token records, status and checkpoints' marks of one run."""
+    """Metrics, evaluations, alarms, token records, status and checkpoints' marks of one run."""
 
     def __init__(
         self,
@@ -68,14 +69,16 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         progress: Progress,
         stop: StopRequest,
         tokens: TokenWriter | None,
+        ledger: Ledger | None = None,
     ) -> None:
-        """Continue the clock of a run that was stopped."""
+        """Continue the clock of a run that was stopped, and the watch for its collapse."""
         self.config = config
         self.directory = directory
         self.evaluate = evaluate
         self.progress = progress
         self.stop = stop
         self.tokens = tokens
+        self.alarms = Alarms(config, directory, ledger, progress.said)
         logged = directory.rows("metrics.jsonl")
         self._seconds_before = float(logged[-1]["seconds"]) if logged else 0.0
         self._started = time.monotonic()
@@ -119,6 +122,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         self.directory.append("metrics.jsonl", row)
         self.directory.set_status("running", state.global_step, self.config.steps)
         self.progress.stepped(row)
+        self.alarms.stepped(row)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -143,6 +147,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         }
         self.directory.append("evals.jsonl", row)
         self.progress.evaluated(row)
+        self.alarms.evaluated(row)
         self._started += time.monotonic() - began  # `seconds` are of training
 
     def _position(self, step: int, at: float | None = None) -> dict[str, Any]:

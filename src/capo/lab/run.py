@@ -22,6 +22,7 @@ from capo.lab.rundir import RunDirectory, write_text
 
 if TYPE_CHECKING:
     from capo.integrations.trl import CAPOConfig, CAPOTrainer
+    from capo.lab.evaluate import Evaluation
     from capo.lab.recorder import StopRequest
     from capo.policies import Policy
     from capo.tasks import Problem, Task
@@ -92,7 +93,7 @@ def train(
         directory.check_free(overwrite)
     quiet_libraries()
     ingredients = prepare(config, directory)
-    with directory.locked(), _threads(config.run.threads):
+    with directory.locked(), threads(config.run.threads):
         _begin(directory, config, resume)
         try:
             _run(config, directory, ingredients, progress)
@@ -126,8 +127,11 @@ def check_resumable(directory: RunDirectory, config: Config) -> None:
     """Refuse to continue a run with another configuration.
 
     Raises:
-        InputError: there is no run, or the first key in which the two differ.
+        InputError: there is no run, its step rule keeps no state in checkpoints, or the first key in
+            which the two differ.
     """
+    if config.rival.rule != "none":
+        raise InputError("rival.rule", "a run with a rule of others cannot be resumed.")
     recorded = recorded_config(directory.path).identity()
     for section, values in config.identity().items():
         for key, value in values.items():
@@ -193,7 +197,7 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def _threads(number: int | None) -> Iterator[None]:
+def threads(number: int | None) -> Iterator[None]:
     """Compute on so many CPU threads."""
     import torch
 
@@ -248,39 +252,62 @@ def _build_trainer(
     progress: Progress,
     stop: StopRequest,
 ) -> CAPOTrainer:
-    from transformers import PrinterCallback
-
-    from capo.integrations.trl import CAPOTrainer
-    from capo.lab.evaluate import evaluate
     from capo.lab.recorder import Recorder
     from capo.lab.records import TokenWriter, write_vocabulary
 
-    policy, task = ingredients.policy, ingredients.task
     tokens = TokenWriter(directory.tokens) if config.records.tokens else None
     if tokens is not None:
-        write_vocabulary(directory.tokens, policy.tokenizer)
-    measure = partial(
+        write_vocabulary(directory.tokens, ingredients.policy.tokenizer)
+    recorder = Recorder(
+        config,
+        directory,
+        evaluate=measure_of(config, ingredients),
+        progress=progress,
+        stop=stop,
+        tokens=tokens,
+    )
+    return make_trainer(
+        config,
+        ingredients,
+        callbacks=[recorder],
+        token_callbacks=[tokens] if tokens is not None else [],
+    )
+
+
+def measure_of(config: Config, ingredients: Ingredients) -> Callable[[], Evaluation]:
+    """Evaluates the policy in training as ``[eval]`` says."""
+    from capo.lab.evaluate import evaluate
+
+    return partial(
         evaluate,
-        policy,
-        task,
+        ingredients.policy,
+        ingredients.task,
         ingredients.eval_problems,
         seed=config.eval.seed,
         max_completion_tokens=ingredients.arguments.max_completion_length,
     )
+
+
+def make_trainer(
+    config: Config, ingredients: Ingredients, *, callbacks: list[Any], **listeners: Any
+) -> CAPOTrainer:
+    """The trainer of a run, with these callbacks; ``listeners`` are `CAPOTrainer`'s own."""
+    from transformers import PrinterCallback
+
+    from capo.integrations.trl import CAPOTrainer
+    from capo.lab.rivals import attach_rival
+
     trainer = CAPOTrainer(
-        model=policy.model,
-        reward_funcs=accuracy_reward(task),
+        model=ingredients.policy.model,
+        reward_funcs=accuracy_reward(ingredients.task),
         args=ingredients.arguments,
         train_dataset=_dataset(ingredients.train_problems),
-        processing_class=policy.tokenizer,
-        callbacks=[
-            Recorder(
-                config, directory, evaluate=measure, progress=progress, stop=stop, tokens=tokens
-            )
-        ],
-        token_callbacks=[tokens] if tokens is not None else [],
+        processing_class=ingredients.policy.tokenizer,
+        callbacks=callbacks,
+        **listeners,
     )
     trainer.remove_callback(PrinterCallback)
+    attach_rival(trainer, config.rival)
     return trainer
 
 
@@ -398,6 +425,7 @@ def _trainer_arguments(config: Config, directory: RunDirectory, task: Task) -> C
         renormalize=capo.renormalize,
         grad_scale=capo.grad_scale,
         advantage_baseline="none" if algorithm.name == "reinforce" else "group",
+        trust_region=None if capo.ledger is None else capo.ledger.spec(),
         # housekeeping
         save_strategy="steps",
         save_steps=training.save_every,

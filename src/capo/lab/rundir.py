@@ -26,7 +26,7 @@ State = Literal["running", "interrupted", "finished", "failed"]
 COMPLETE_MARK = "complete"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _TOKENS = re.compile(r"step-(\d+)\.npz")
-_LOGS = ("metrics.jsonl", "evals.jsonl")
+_LOGS = ("metrics.jsonl", "evals.jsonl", "ledger.jsonl", "alarms.jsonl")
 # Everything a run may leave behind, and so all that `--overwrite` removes.
 _CONTENTS = (
     "config.json",
@@ -183,6 +183,8 @@ class RunDirectory:
         for name in _LOGS:
             # Without a checkpoint the run starts over, evaluation of the base policy included.
             kept = [row for row in self.rows(name) if step > 0 and row["step"] <= step]
+            if not (self.path / name).exists():
+                continue
             write_text(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
         for other, path in self._checkpoint_paths():
             if other > step or not (path / COMPLETE_MARK).is_file():
