@@ -1,4 +1,4 @@
-"""The demonstration: three runs, one report, a verdict that follows from the figures."""
+"""The demonstration: four runs, one report, a verdict that follows from the figures."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from capo.lab.rundir import RunDirectory
 from run_kit import TINY, SignalAt
 
 
-def test_the_demonstration_is_the_three_regimes():
-    conservative, aggressive, with_capo = demo.demo_configs().values()
+def test_the_demonstration_is_the_regimes_and_the_default():
+    conservative, aggressive, masks, capo = demo.demo_configs().values()
     assert conservative.training.completions_per_step == 1152
-    assert aggressive.training == with_capo.training
-    assert [c.capo.selection for c in (conservative, aggressive, with_capo)] == [None, None, "capo"]
-    assert aggressive.capo.watch
+    assert aggressive.training == masks.training
+    assert aggressive.training.learning_rate == capo.training.learning_rate
+    selections = [c.capo.selection for c in (conservative, aggressive, masks, capo)]
+    assert selections == [None, None, "capo", None]
+    assert capo.capo.trust_region.policy_shift == "auto"
+    assert [c.capo.trust_region for c in (conservative, aggressive, masks)] == [None] * 3
+    assert all(c.capo.ledger is not None for c in (conservative, aggressive, masks, capo))
 
 
 @pytest.fixture
@@ -43,9 +47,9 @@ def test_the_demonstration_trains_reports_and_is_not_repeated(tmp_path, capsys, 
     assert report.read_text().startswith("<!")
     assert list(tmp_path.glob("report_figures/*.png"))
     assert printed.out.splitlines()[-1] == f"report: {report}"
-    assert "CAPO in the same aggressive regime: accuracy" in printed.out
+    assert "the paper's token masks in the same regime: accuracy" in printed.out
     trained = finished_at(tmp_path)
-    assert len(trained) == 3
+    assert len(trained) == 4
 
     demo.run_demo(tmp_path)
     assert "already trained" in capsys.readouterr().err
@@ -90,19 +94,21 @@ RISES, HOLDS, FALLS = [0.5, 0.6, 0.8, 0.9], [0.5, 0.5, 0.5, 0.5], [0.5, 0.1, 0.0
 
 
 @pytest.mark.parametrize(
-    ("aggressive", "capo", "says"),
+    ("conservative", "aggressive", "masks", "capo", "says"),
     [
-        (FALLS, FALLS, "did not rescue"),
-        (FALLS, HOLDS, "kept the aggressive run from collapsing"),
-        (RISES, HOLDS, "nothing to rescue"),
-        (RISES, FALLS, "nothing to rescue"),
+        (RISES, FALLS, FALLS, RISES, ["masks did not keep", "trust region kept", "1.0 × fewer"]),
+        (RISES, FALLS, HOLDS, FALLS, ["masks kept", "trust region did not", "did not reach"]),
+        (HOLDS, RISES, HOLDS, RISES, ["nothing to rescue", "at least 2 × fewer"]),
     ],
 )
-def test_the_verdict_follows_from_the_figures(tmp_path, aggressive, capo, says):
-    courses = {"conservative": RISES, "aggressive": aggressive, "capo": capo}
+def test_the_verdict_follows_from_the_figures(
+    tmp_path, conservative, aggressive, masks, capo, says
+):
+    courses = {"a": conservative, "b": aggressive, "c": masks, "d": capo}
     summaries = [summary_of(tmp_path / name, values) for name, values in courses.items()]
-    first, second, third, last = demo.verdict(summaries)
-    assert "0.75 after 192 completions" in first
-    assert ("collapsed at 96 completions" in second) == (aggressive == FALLS)
-    assert ("collapsed at 96 completions" in third) == (capo == FALLS)
-    assert says in last
+    sentences = demo.verdict(summaries)
+    for sentence, course in zip(sentences, courses.values(), strict=False):
+        assert ("collapsed at 96 completions" in sentence) == (course == FALLS)
+        assert ("0.75 after 192 completions" in sentence) == (course == RISES)
+    rest = " ".join(sentences[4:])
+    assert all(words in rest for words in says)

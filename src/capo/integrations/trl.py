@@ -2,7 +2,7 @@
 
     from capo.integrations.trl import CAPOConfig, CAPOTrainer
 
-    trainer = CAPOTrainer(model, reward_funcs=reward, args=CAPOConfig(selection="capo"), ...)
+    trainer = CAPOTrainer(model, reward_funcs=reward, args=CAPOConfig(), ...)
 
 All of TRL stays as it is: the loss is TRL's own, whatever its `loss_type`, and so are generation,
 rewards, metrics and checkpoints. Between the loss and its backward pass the trainer reads the
@@ -15,7 +15,11 @@ step in the last layer (arXiv 2510.00819), and gates its gradient. Therefore
 - the entropy bonus and the MoE balancing loss do not act through the sampled tokens'
   log-probabilities and are left alone.
 
-With `selection=None` (and `advantage_baseline="group"`) the trainer is `GRPOTrainer`, bit for bit.
+Before each optimizer step the trust region foresees the policy shift of the whole step and shortens it to
+its budget (`_trl_trust.py` has the order of things).
+
+With `selection=None, trust_region=None` (and `advantage_baseline="group"`) the trainer is `GRPOTrainer`,
+bit for bit.
 """
 
 from __future__ import annotations
@@ -77,6 +81,10 @@ _CHOICES = {
 class CAPOConfig(GRPOConfig):  # type: ignore[misc]
     """`GRPOConfig` and what CAPO adds to it.
 
+    The defaults are what our measurements support (results/trust_region): a trust region on every step
+    whose budget sets itself, four passes over the same completions, no token selection. The paper's
+    algorithm is ``selection="capo", trust_region=None, num_iterations=1``; plain GRPO is
+    ``trust_region=None``. With the trust region, ``learning_rate`` is an upper bound only.
     Dr.CAPO is ``selection="dr_capo", loss_type="dr_grpo", scale_rewards="none"``; ReinCAPO is
     ``selection="reincapo", advantage_baseline="none"``.
 
@@ -112,6 +120,13 @@ class CAPOConfig(GRPOConfig):  # type: ignore[misc]
         "trust_region",
     ]
 
+    learning_rate: float = field(
+        default=1e-4,
+        metadata={"help": "With a trust region an upper bound: the budget sets the step's length."},
+    )
+    num_iterations: int = field(
+        default=4, metadata={"help": "Optimizer steps on the same completions."}
+    )
     selection: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Preset 'capo', 'dr_capo' or 'reincapo', or a dict of thresholds."},
@@ -133,7 +148,7 @@ class CAPOConfig(GRPOConfig):  # type: ignore[misc]
     )
     impl: str = field(default="auto", metadata={"help": "Backend of the curvature."})
     trust_region: dict[str, Any] | str | float | None = field(
-        default=None,
+        default="auto",
         metadata={"help": "'auto', a budget in nats a token, or a dict of options; None: off."},
     )
 

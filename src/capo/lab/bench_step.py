@@ -123,7 +123,7 @@ def bench_step(
         completions: completions in a step, a multiple of 8.
         policy: what `capo.policies.load_policy` takes.
         num_iterations: optimizer steps on the same completions.
-        **capo_settings: fields of `CAPOConfig`; by default ``selection="capo"``.
+        **capo_settings: fields of `CAPOConfig`; by default ``selection="capo", trust_region=None``.
 
     Raises:
         InputError: a count is not positive, or the completions are not whole groups.
@@ -138,6 +138,7 @@ def bench_step(
     if num_iterations < 1 or steps % num_iterations or warmup % num_iterations:
         raise InputError("num_iterations", f"must divide steps and warmup, got {num_iterations}")
     capo_settings.setdefault("selection", "capo")
+    capo_settings.setdefault("trust_region", None)
     times: dict[str, list[Times]] = {"plain": [], "capo": [], "judging": []}
     with _torch_threads(threads), tempfile.TemporaryDirectory() as directory:
         run = _Runner(policy, completions, steps + warmup, num_iterations, directory)

@@ -252,12 +252,15 @@ def _build_trainer(
     progress: Progress,
     stop: StopRequest,
 ) -> CAPOTrainer:
+    from capo.lab.ledger import Ledger
     from capo.lab.recorder import Recorder
     from capo.lab.records import TokenWriter, write_vocabulary
 
+    tokenizer = ingredients.policy.tokenizer
     tokens = TokenWriter(directory.tokens) if config.records.tokens else None
     if tokens is not None:
-        write_vocabulary(directory.tokens, ingredients.policy.tokenizer)
+        write_vocabulary(directory.tokens, tokenizer)
+    ledger = Ledger(directory, tokenizer.decode) if config.capo.ledger is not None else None
     recorder = Recorder(
         config,
         directory,
@@ -265,12 +268,14 @@ def _build_trainer(
         progress=progress,
         stop=stop,
         tokens=tokens,
+        ledger=ledger,
     )
     return make_trainer(
         config,
         ingredients,
         callbacks=[recorder],
         token_callbacks=[tokens] if tokens is not None else [],
+        shift_callbacks=[ledger] if ledger is not None else [],
     )
 
 

@@ -181,10 +181,10 @@ class RunDirectory:
     def rewind(self, step: int) -> None:
         """Forget whatever was written after ``step``, the step of the last complete checkpoint."""
         for name in _LOGS:
+            if not (self.path / name).is_file():
+                continue
             # Without a checkpoint the run starts over, evaluation of the base policy included.
             kept = [row for row in self.rows(name) if step > 0 and row["step"] <= step]
-            if not (self.path / name).exists():
-                continue
             write_text(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
         for other, path in self._checkpoint_paths():
             if other > step or not (path / COMPLETE_MARK).is_file():

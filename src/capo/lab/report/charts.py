@@ -214,7 +214,13 @@ def log_y(table: pd.DataFrame, columns: Sequence[str], column: str, title: str) 
 
 def symlog_y(table: pd.DataFrame, columns: Sequence[str], column: str, title: str) -> Any:
     """A signed logarithmic axis: linear within ± its constant, powers of ten outside."""
-    values = np.abs(table[list(columns)].to_numpy(dtype=float))
+    look = symlog_look(table[list(columns)].to_numpy(dtype=float))
+    return alt.Y(f"{column}:Q", title=title, **look)
+
+
+def symlog_look(values: Any) -> dict[str, Any]:
+    """Scale and axis of `symlog_y`, for any channel."""
+    values = np.abs(values)
     values = values[np.isfinite(values) & (values > 0)]
     top = math.ceil(math.log10(values.max())) if values.size else 0
     low = math.floor(math.log10(np.quantile(values, 0.1))) if values.size else -3
@@ -229,5 +235,4 @@ def symlog_y(table: pd.DataFrame, columns: Sequence[str], column: str, title: st
     # Vega halves `values` that outnumber its tick count.
     count = len(ticks) + 1
     axis = alt.Axis(values=ticks, tickCount=count, format="~e", labelExpr=ZERO, labelOverlap=False)
-    scale = alt.Scale(type="symlog", constant=10.0**low, nice=False)
-    return alt.Y(f"{column}:Q", title=title, scale=scale, axis=axis)
+    return {"axis": axis, "scale": alt.Scale(type="symlog", constant=10.0**low, nice=False)}

@@ -16,6 +16,8 @@ from capo.core.errors import InputError
 
 EVAL_COLUMNS = ("step", "completions", "seconds", "accuracy", "problems", "stderr")
 POSITION_COLUMNS = ("step", "completions", "seconds")
+MEASURED = "capo/trust/measured_policy_shift"
+LATE = "capo/trust/last_measured_policy_shift"
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,15 @@ def _metrics(path: Path, config: dict[str, Any], notes: list[str]) -> Any:
         more = f" and {len(steps) - 5} more" if len(steps) > 5 else ""
         listed = ", ".join(str(step) for step in steps[:5])
         notes.append(f"{key} was not finite at step{'s' * (len(steps) > 1)} {listed}{more}.")
-    return table.replace([np.inf, -np.inf], np.nan)
+    return _late(table.replace([np.inf, -np.inf], np.nan))
+
+
+def _late(table: Any) -> Any:
+    """Where completions are used again, a step is measured in the next one's pass: put it in place."""
+    if LATE not in table:
+        return table
+    shown = table[LATE].shift(-1).where(table["step"].diff(-1) == -1)
+    return table.assign(**{MEASURED: table.get(MEASURED, shown).fillna(shown)})
 
 
 def _evals(path: Path, config: dict[str, Any], notes: list[str]) -> Any:

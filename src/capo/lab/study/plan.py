@@ -47,7 +47,7 @@ class Range(Section):
 
     learning_rates: Rates
     horizon: PositiveInt = 9600
-    spacing: PositiveInt = 384
+    spacing: PositiveInt = 192
     rule_horizon: PositiveInt = 4800
     rule_seeds: Seeds = Field(default_factory=lambda: [0, 1, 2, 3, 4])
 
@@ -63,7 +63,7 @@ class Collapse(Section):
 
     start: PositiveFloat = 1e-4
     needed: PositiveInt = 4
-    spacing: PositiveInt = 384
+    spacing: PositiveInt = 192
     limit: PositiveInt = 14
 
 
