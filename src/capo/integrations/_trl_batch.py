@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -146,3 +148,14 @@ def shift_record(batch: StepBatch, divergence: Divergence, step: int) -> ShiftRe
         prompt_ids=pad([sample.prompt_ids for sample in batch.samples], prompt, left=True),
         prompt_mask=pad([sample.prompt_mask for sample in batch.samples], prompt, left=True),
     )
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout, for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -117,11 +117,18 @@ class Judge:
 
     @torch.no_grad()
     def judge(
-        self, policy_pass: PolicyPass, head: LMHead, optimizer: torch.optim.Optimizer
+        self,
+        policy_pass: PolicyPass,
+        head: LMHead,
+        optimizer: torch.optim.Optimizer,
+        curvature: capo.TokenCurvature | None = None,
     ) -> Verdict:
-        """Judge a micro-batch, and add what is accepted of it to the simulated gradient."""
+        """Judge a micro-batch, and add what is accepted of it to the simulated gradient.
+
+        By each token's own step of the head, or by `curvature` where that is known otherwise.
+        """
         step = self.step_model.step(head, optimizer)
-        curvature = capo.token_curvature(
+        curvature = curvature or capo.token_curvature(
             policy_pass.hidden,
             head.weight,
             policy_pass.token_ids,

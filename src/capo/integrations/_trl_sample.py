@@ -81,8 +81,19 @@ def draw_sample(
         sequences: how many; None for all.
         generator: on the CPU, for this purpose alone.
     """
+    rows, weight = spread(inputs["prompt_ids"].cpu(), sequences, generator)
+    return take_rows(inputs, mask, hidden, rows, weight)
+
+
+def take_rows(
+    inputs: dict[str, Any],
+    mask: Bool[Tensor, "B T"],
+    hidden: Float[Tensor, "B T d"],
+    rows: Int[Tensor, " n"],
+    weight: Float[Tensor, " n"],
+) -> Sample:
+    """These completions of a micro-batch, without the padding behind the longest of them."""
     prompts = inputs["prompt_ids"]
-    rows, weight = spread(prompts.cpu(), sequences, generator)
     # Causal: what comes after the last completion's end is not needed.
     length = int(inputs["completion_mask"][rows].sum(-1).max())
     advantages = inputs["advantages"]

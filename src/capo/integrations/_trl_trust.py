@@ -9,9 +9,9 @@ weight decay included, so that this shortens the step and changes no direction a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,10 +32,12 @@ from capo.integrations._trl_batch import (
     ShiftRecord,
     StepBatch,
     core_head,
+    eval_mode,
     head_logits,
     make_batch,
     shift_record,
 )
+from capo.integrations._trl_deep import DeepPass, Quadratic
 from capo.integrations._trl_head import LMHead, causal_lm
 from capo.integrations._trl_sample import Sample, draw_sample
 
@@ -43,7 +45,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from torch import Tensor
 
-NO_STEP = StepChoice(0.0, math.inf, 0.0, 0, capped=True)
+LEAST_SHARE = 0.1
+"""Of the length that the budget allows, what the quadratic's maximiser leaves at least."""
 
 
 class StepControl:
@@ -78,6 +81,7 @@ class StepControl:
         self._micro_batches: list[Tensor] = []  # their completions, by which they are told apart
         self._previous: _Taken | None = None
         self._seen_again: list[Tensor] = []
+        self._quadratics: list[Quadratic] = []
 
     # Before the step
 
@@ -89,8 +93,16 @@ class StepControl:
         *,
         step: int,
         accumulation_steps: int,
+        deep: DeepPass | None = None,
     ) -> None:
-        """Keep some completions of a micro-batch of the coming step."""
+        """Keep some completions of a micro-batch of the coming step.
+
+        With ``step_length="quadratic"``, `deep` is the micro-batch between loss and backward.
+        """
+        name = (self.seed * 1_000_003 + step) * 1_009 + len(self._micro_batches)
+        generator = torch.Generator().manual_seed(name % (1 << 62))
+        if deep is not None and self.region.step_length == "quadratic":
+            self._quadratics.append(deep.quadratic(self.region.depth, generator))
         batch, sequences = mask.size(0), self.region.sequences
         self._completions += batch
         self._see_again(inputs["completion_ids"], hidden)
@@ -101,8 +113,6 @@ class StepControl:
             )
         if sequences == 0:
             sequences = 1
-        name = (self.seed * 1_000_003 + step) * 1_009 + len(self._samples)
-        generator = torch.Generator().manual_seed(name % (1 << 62))
         self._samples.append(draw_sample(inputs, mask, hidden, sequences, generator))
 
     def _see_again(self, completions: Tensor, hidden: Float[Tensor, "B T d"]) -> None:
@@ -154,6 +164,7 @@ class StepControl:
         samples, self._samples = self._samples, []
         micro_batches, self._micro_batches = self._micro_batches, []
         completions, self._completions = self._completions, 0
+        quadratics, self._quadratics = self._quadratics, []
         if not any(bool(sample.mask.any()) for sample in samples):
             return
         backbone = causal_lm(policy).base_model
@@ -163,7 +174,7 @@ class StepControl:
             with torch.no_grad(), autocast():
                 return batch.run(backbone)
 
-        with _eval_mode(policy):
+        with eval_mode(policy):
             batch = make_batch(samples, lm_head)
             if not exact_hidden:
                 batch = batch.with_hidden(hidden(), lm_head)
@@ -182,6 +193,8 @@ class StepControl:
             last = self._last_step(lm_head, exact_hidden)
             pending = self._choose(probe, batch, budget, lr, None if last is None else last[1])
         pending.batch, pending.budget = batch, budget
+        if quadratics and budget is not None:
+            pending.shorten(_maximiser(quadratics))
         pending.last_policy_shift = None if last is None else last[0]
         self._pending = pending
         length = pending.choice.scale * lr
@@ -286,7 +299,7 @@ class StepControl:
         lm_head = core_head(head)
         divergence = pending.divergence
         if divergence is None:
-            with _eval_mode(policy), autocast():
+            with eval_mode(policy), autocast():
                 hidden = batch.run(backbone)
             divergence = batch.reference.to(head_logits(lm_head, hidden))
         share = batch.weights / batch.weights.sum()
@@ -327,7 +340,20 @@ class _Pending:
     divergence: Divergence | None = None  # of the very step as taken, where it was tried
     batch: StepBatch | None = None
     budget: float | None = None
+    maximiser: float | None = None  # of the objective shift, with step_length="quadratic"
     last_policy_shift: float | None = None  # of the step before, where this one's pass showed it
+
+    def shorten(self, maximiser: float) -> None:
+        """Take no more of the step than ``maximiser``."""
+        self.maximiser = maximiser
+        if (choice := self.choice).scale <= maximiser:
+            return
+        # Not to nothing: a batch whose halves disagree says little about the momentum's direction.
+        scale = max(maximiser, LEAST_SHARE * choice.scale)
+        share = scale / choice.scale
+        self.choice = replace(choice, scale=scale, predicted=choice.predicted * share**2)
+        self.objective = None if self.objective is None else self.objective * share
+        self.divergence = None  # of another length
 
 
 @dataclass(frozen=True)
@@ -337,6 +363,11 @@ class _Taken:
     batch: StepBatch
     micro_batches: list[Tensor]
     length: float  # scale × learning rate
+
+
+def _maximiser(quadratics: list[Quadratic]) -> float:
+    slopes, curvatures = zip(*quadratics, strict=True)
+    return Quadratic(sum(slopes), sum(curvatures)).maximiser
 
 
 def _slope(probe: Probe, divergence: Divergence) -> float:
@@ -354,16 +385,6 @@ def _scale_learning_rates(optimizer: torch.optim.Optimizer, scale: float) -> lis
     return before
 
 
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
 def _ledger(
     pending: _Pending, batch: StepBatch, measured: dict[str, float] | None = None
 ) -> dict[str, float]:
@@ -377,6 +398,8 @@ def _ledger(
     }
     if pending.budget is not None:
         entries["budget"] = pending.budget
+    if pending.maximiser is not None and math.isfinite(pending.maximiser):
+        entries["maximiser"] = pending.maximiser
     if pending.last_policy_shift is not None:
         entries["last_measured_policy_shift"] = pending.last_policy_shift
     if pending.objective is not None and measured is not None:

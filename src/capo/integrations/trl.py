@@ -26,20 +26,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 import capo
 from capo.core.errors import InputError
-from capo.core.statistics import IMPLEMENTATIONS
 from capo.core.trust_region import last_layers
 from capo.integrations._trl_batch import ShiftRecord
+from capo.integrations._trl_config import CAPOConfig
+from capo.integrations._trl_deep import DeepPass
 from capo.integrations._trl_head import (
     capture_hidden,
     causal_lm,
@@ -61,145 +61,11 @@ from capo.integrations._trl_trust import StepControl
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from capo.core.selection import Rule
 
 __all__ = ["CAPOConfig", "CAPOTrainer", "ShiftRecord", "TokenRecord"]
 
 TokenCallback = Callable[[TokenRecord], None]
 ShiftCallback = Callable[[ShiftRecord], None]
-
-_CHOICES = {
-    "step_model": ("adam", "sgd"),
-    "moments": ("simulated", "optimizer"),
-    "fisher": ("sampled", "exact"),
-    "advantage_baseline": ("group", "none"),
-    "impl": IMPLEMENTATIONS,
-}
-
-
-@dataclass
-class CAPOConfig(GRPOConfig):  # type: ignore[misc]
-    """`GRPOConfig` and what CAPO adds to it.
-
-    The defaults are what our measurements support (results/trust_region): a trust region on every step
-    whose budget sets itself, four passes over the same completions, no token selection. The paper's
-    algorithm is ``selection="capo", trust_region=None, num_iterations=1``; plain GRPO is
-    ``trust_region=None``. With the trust region, ``learning_rate`` is an upper bound only.
-    Dr.CAPO is ``selection="dr_capo", loss_type="dr_grpo", scale_rewards="none"``; ReinCAPO is
-    ``selection="reincapo", advantage_baseline="none"``.
-
-    Args:
-        selection: which tokens may act. ``"capo"``, ``"dr_capo"`` or ``"reincapo"``, the paper's
-            thresholds; or a dict of `policy_shift` (nats), `objective_shift` ([low, high], either
-            may be None) and `denominator` (``"kept"``: each sequence is renormalised over its kept
-            tokens; ``"all"``: the loss's denominators stay), with `rule` ``"soft"``, ``"quantile"``
-            or ``"nats"`` for another rule's arguments (`capo.make_rule`); or None, no selection.
-        step_model: whose step is judged, ``"adam"`` (the paper's) or ``"sgd"``.
-        moments: Adam's moments: ``"simulated"`` from the last-layer gradients of accepted tokens
-            (the paper's), or the ``"optimizer"``'s own. The latter need no memory, but with tied
-            embeddings they hold the input embedding's gradient as well.
-        fisher: policy shift from the ``"sampled"`` (the paper's) or the ``"exact"`` Fisher.
-        curvature_top_k: vocabulary rows per token in the curvature: the sampled token and the
-            likeliest others; None for all. (`top_k` is GRPOConfig's, of sampling.)
-        renormalize: renormalise the policy over those rows, as the paper does.
-        grad_scale: factor on a token's own gradient where it meets Adam's moments.
-        advantage_baseline: ``"group"``, TRL's advantages; ``"none"``, REINFORCE without a baseline:
-            the advantage is the weighted sum of the rewards, neither centred nor scaled.
-        impl: backend of the curvature, see `capo.token_curvature`.
-        trust_region: keep every optimizer step within a policy shift. None: off. ``"auto"``: a budget
-            that follows from entropy, batch and length. A number: the budget δ, mean KL in nats a token.
-            A dict: `capo.TrustRegion`'s arguments, `policy_shift` None to measure without scaling.
-
-    Raises:
-        InputError: a value is not allowed; names the field and what is.
-    """
-
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
-        *GRPOConfig._VALID_DICT_FIELDS,
-        "selection",
-        "trust_region",
-    ]
-
-    learning_rate: float = field(
-        default=1e-4,
-        metadata={"help": "With a trust region an upper bound: the budget sets the step's length."},
-    )
-    num_iterations: int = field(
-        default=4, metadata={"help": "Optimizer steps on the same completions."}
-    )
-    selection: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Preset 'capo', 'dr_capo' or 'reincapo', or a dict of thresholds."},
-    )
-    step_model: str = field(default="adam", metadata={"help": "'adam' or 'sgd'."})
-    moments: str = field(default="simulated", metadata={"help": "'simulated' or 'optimizer'."})
-    fisher: str = field(default="sampled", metadata={"help": "'sampled' or 'exact'."})
-    curvature_top_k: int | None = field(
-        default=50, metadata={"help": "Vocabulary rows per token in the curvature; None: all."}
-    )
-    renormalize: bool = field(
-        default=True, metadata={"help": "Renormalise the policy over the top-k rows."}
-    )
-    grad_scale: float = field(
-        default=1.0, metadata={"help": "Factor on a token's gradient where it meets the moments."}
-    )
-    advantage_baseline: str = field(
-        default="group", metadata={"help": "'group', or 'none' for REINFORCE."}
-    )
-    impl: str = field(default="auto", metadata={"help": "Backend of the curvature."})
-    trust_region: dict[str, Any] | str | float | None = field(
-        default="auto",
-        metadata={"help": "'auto', a budget in nats a token, or a dict of options; None: off."},
-    )
-
-    def __post_init__(self) -> None:
-        """Check what CAPO adds, then let TRL check the rest."""
-        super().__post_init__()
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                choices = " or ".join(repr(choice) for choice in allowed)
-                raise InputError(name, f"must be {choices}, got {getattr(self, name)!r}.")
-        top_k = self.curvature_top_k
-        if top_k is not None and not (isinstance(top_k, int) and top_k >= 1):
-            raise InputError("curvature_top_k", f"must be an integer ≥ 1 or None, got {top_k!r}.")
-        if not self.grad_scale > 0:
-            raise InputError("grad_scale", f"must be positive, got {self.grad_scale!r}.")
-        if self.advantage_baseline == "none" and self.multi_objective_aggregation != (
-            "sum_then_normalize"
-        ):
-            raise InputError(
-                "advantage_baseline",
-                "'none' needs multi_objective_aggregation='sum_then_normalize', since it does not "
-                "normalise.",
-            )
-        if isinstance(self.trust_region, str):
-            self.trust_region = _number(self.trust_region)
-        self.rule()
-        self.region()
-
-    def region(self) -> capo.TrustRegion | None:
-        """The trust region that `trust_region` stands for, or None.
-
-        Raises:
-            InputError: `trust_region` is not possible.
-        """
-        return capo.make_trust_region(self.trust_region)
-
-    def rule(self) -> Rule | None:
-        """The selection rule that `selection` stands for, or None.
-
-        Raises:
-            InputError: `selection` names no preset or rule, or its arguments are impossible.
-        """
-        return capo.make_rule(self.selection)
-
-
-def _number(text: str) -> str | float:
-    """A number that a command line handed over as text."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
@@ -238,6 +104,12 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         """Measured policy shift of the last optimizer step (nats a token); None without `trust_region`."""
         return None if self._control is None else self._control.last_policy_shift
 
+    def _check_depth(self, field_name: str, depth: int | str) -> None:
+        try:
+            last_layers(causal_lm(self.model).base_model, depth)
+        except InputError as error:
+            raise InputError(field_name, error.message) from None
+
     def _single_process(self, field_name: str) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.accelerator.num_processes > 1:
             raise InputError(
@@ -252,8 +124,8 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
             return None
         self._single_process("trust_region")
         policy = self.model
-        if region.predictor == "deep":
-            last_layers(causal_lm(policy).base_model, region.depth)  # raises where there are fewer
+        if region.predictor == "deep" or region.step_length == "quadratic":
+            self._check_depth("trust_region.depth", region.depth)
         read_head(policy, self.temperature)
         return StepControl(
             region,
@@ -268,6 +140,8 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if rule is None:
             return None
         self._single_process("selection")
+        if args.depth is not None:
+            self._check_depth("depth", args.depth)
         if self.loss_type not in LOSS_TYPES:
             raise InputError("loss_type", f"must be one of {', '.join(LOSS_TYPES)} with selection.")
         vocabulary = read_head(self.model, self.temperature).weight.size(0)
@@ -298,7 +172,8 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
             unchanged: Tensor = super()._compute_loss(model, inputs)
             return unchanged
         policy = self.accelerator.unwrap_model(model)
-        gate = self._gate = None if self._judge is None else GradientGate()
+        halves = self._control is not None and self._control.region.step_length == "quadratic"
+        gate = self._gate = GradientGate() if self._judge is not None or halves else None
         try:
             with capture_hidden(policy) as passes:
                 loss: Tensor = super()._compute_loss(model, inputs)
@@ -307,8 +182,25 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         mask = inputs["completion_mask"]
         mask = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
         hidden = predicting_positions(torch.cat(passes), mask.size(1))
-        if gate is not None:
-            self._select(policy, inputs, mask, hidden, loss, gate)
+        deep = None
+        if gate is not None and bool(mask.any()):
+            deep = DeepPass(
+                policy=policy,
+                head=read_head(policy, self.temperature),
+                optimizer=unwrapped_optimizer(self.optimizer),
+                autocast=self.accelerator.autocast,
+                loss=loss,
+                gate=gate,
+                inputs=inputs,
+                mask=mask.bool(),
+                hidden=hidden,
+                accumulation_steps=self.current_gradient_accumulation_steps,
+                max_grad_norm=self.args.max_grad_norm or 0.0,
+            )
+        if gate is not None and self._judge is not None:
+            depth = getattr(self.args, "depth", None)
+            curvature = None if deep is None or depth is None else deep.curvature(depth)
+            self._select(policy, inputs, mask, hidden, loss, gate, curvature)
         if self._control is not None:
             self._control.collect(
                 inputs,
@@ -316,6 +208,7 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 hidden,
                 step=self.state.global_step,
                 accumulation_steps=self.current_gradient_accumulation_steps,
+                deep=deep,
             )
         return loss
 
@@ -327,6 +220,7 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         hidden: Tensor,
         loss: Tensor,
         gate: GradientGate,
+        curvature: capo.TokenCurvature | None,
     ) -> None:
         assert self._judge is not None
         judged = PolicyPass(
@@ -338,7 +232,8 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
             accumulation_steps=self.current_gradient_accumulation_steps,
         )
         head = read_head(policy, self.temperature)
-        verdict = self._judge.judge(judged, head, unwrapped_optimizer(self.optimizer))
+        optimizer = unwrapped_optimizer(self.optimizer)
+        verdict = self._judge.judge(judged, head, optimizer, curvature)
         gate.weights = verdict.weights
         for name, value in shift_metrics(verdict, judged.mask).items():
             self._metrics["train"][name].append(value)

@@ -25,7 +25,7 @@ from capo.lab.sections import (
     sequence,
     validate,
 )
-from capo.lab.trust import TrustRegionTable, as_table
+from capo.lab.trust import TrustRegionTable, as_table, depth_or_none
 
 LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
 Scaling = Literal["group", "batch", "none"]
@@ -185,6 +185,8 @@ def _selection(value: object) -> object:
 class CapoSection(Section):
     """``[capo]``: which tokens are kept, the step they are judged by, and how far it may go.
 
+    ``depth`` judges tokens by what the real step does to them, through so many layers, instead of by
+    each token's own step of the head.
     ``watch`` judges (and records) the tokens of a run without selection, and measures the steps of a
     run without trust region; its weights stay the same.
     """
@@ -199,6 +201,7 @@ class CapoSection(Section):
     top_k: Annotated[PositiveInt | None, BeforeValidator(none_word)] = 50
     renormalize: bool = True
     grad_scale: PositiveFloat = 1.0
+    depth: Annotated[int | Literal["all"] | None, BeforeValidator(depth_or_none)] = None
     trust_region: Annotated[TrustRegionTable | None, BeforeValidator(as_table)] = None
 
     @property

@@ -429,6 +429,7 @@ def _trainer_arguments(config: Config, directory: RunDirectory, task: Task) -> C
         curvature_top_k=capo.top_k,
         renormalize=capo.renormalize,
         grad_scale=capo.grad_scale,
+        depth=capo.depth,
         advantage_baseline="none" if algorithm.name == "reinforce" else "group",
         trust_region=None if capo.ledger is None else capo.ledger.spec(),
         # housekeeping

@@ -25,8 +25,20 @@ def _policy_shift(value: object) -> object:
     )
 
 
+def depth_or_none(value: object) -> object:
+    """``[capo] depth``: ``none``, ``"all"`` or a number of layers."""
+    if value is None or value == "none" or _is_depth(value):
+        return None if value == "none" else value
+    raise InputError("capo.depth", f"must be 'none', 'all' or an integer ≥ 0, got {value!r}.")
+
+
+def _is_depth(value: object) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return whole or value == "all"
+
+
 def _depth(value: object) -> object:
-    if value == "all" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+    if _is_depth(value):
         return value
     raise InputError(f"{KEY}.depth", f"must be 'all' or an integer ≥ 0, got {value!r}.")
 
@@ -50,6 +62,7 @@ class TrustRegionTable(Section):
     predictor: Literal["measured", "deep", "head"]
     sequences: Annotated[PositiveInt | None, BeforeValidator(_sequences)]
     depth: Annotated[int | Literal["all"], BeforeValidator(_depth)]
+    step_length: Literal["radius", "quadratic"]
     cruise: PositiveFloat
 
     @model_validator(mode="after")

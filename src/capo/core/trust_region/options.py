@@ -10,6 +10,7 @@ from capo.core.errors import InputError
 from capo.core.trust_region.probe import Depth
 
 Predictor = Literal["measured", "deep", "head"]
+StepLengthRule = Literal["radius", "quadratic"]
 
 ENTROPY_PER_COMPLETION = 3.2e-3
 """Share of the policy's entropy that one completion is worth (measured: docs/LOG.md)."""
@@ -30,7 +31,9 @@ class TrustRegion:
             ratio learned from what was measured after earlier steps.
         sequences: completions of a step's batch on which it is predicted and measured, spread evenly
             over the prompts; None for all.
-        depth: layers that ``"deep"`` sees: ``"all"``, or the last n and the head.
+        depth: layers that ``"deep"`` and ``"quadratic"`` see: ``"all"``, or the last n and the head.
+        step_length: ``"radius"``: as long as the budget allows. ``"quadratic"``: no longer than where the
+            objective shift of the step is largest, each half of the batch judging the other's step.
         cruise: share of the budget that a typical step uses.
 
     Raises:
@@ -41,6 +44,7 @@ class TrustRegion:
     predictor: Predictor = "measured"
     sequences: int | None = 8
     depth: Depth = "all"
+    step_length: StepLengthRule = "radius"
     cruise: float = 0.25
 
     def __post_init__(self) -> None:
@@ -54,6 +58,10 @@ class TrustRegion:
             raise _error("sequences", f"must be an integer ≥ 1 or None, got {self.sequences!r}.")
         if self.depth != "all" and not _integer(self.depth, 0):
             raise _error("depth", f"must be 'all' or an integer ≥ 0, got {self.depth!r}.")
+        if self.step_length not in get_args(StepLengthRule):
+            raise _error(
+                "step_length", f"must be {_list(StepLengthRule)}, got {self.step_length!r}."
+            )
         if not (_positive(self.cruise) and self.cruise <= 1):
             raise _error("cruise", f"must be in (0, 1], got {self.cruise!r}.")
 
