@@ -14,7 +14,7 @@ from capo.tasks import Problem, load_task
 
 def main(max_steps: int = 80, output_dir: str = "runs/trl-minimal") -> CAPOTrainer:
     policy, task = load_policy("embedded:sums"), load_task("sums")
-    problems = task.train_problems(max_steps, seed=0)
+    problems = task.train_problems(3 * max_steps, seed=0)
 
     def accuracy(prompts: list[str], completions: list[str], answer: list[str], **_) -> list[float]:
         columns = zip(prompts, completions, answer, strict=True)

@@ -47,7 +47,7 @@ class Outliers:
     threshold: float = 4.0
     least_spread: float = 0.45
     caution: float = 0.5
-    least_history: int = 4
+    least_history: int = 3
     change: float = 0.5
     _logs: list[float] = field(default_factory=list, init=False)
     _out: bool = field(default=False, init=False)
@@ -102,11 +102,12 @@ class Falls:
 
     The mean of the last w values is compared with the best earlier mean of w values, for several w:
     one value shows a sudden fall in large batches, many show a slow one in small batches. The
-    standard error is binomial, times how much more than binomially neighbouring values differ:
-    completions of one prompt are alike, and so are not the policies of neighbouring steps.
+    standard error is binomial, times how much more than binomially neighbouring values differ, since
+    answers to one problem are alike: from 1 to √alike times.
 
     Attributes:
         count: answers behind one value.
+        alike: answers to one problem among them.
         threshold: standard errors between the two means.
         share, least: what must be lost as well, of the best and absolutely.
         windows: the w compared.
@@ -115,6 +116,7 @@ class Falls:
     """
 
     count: int
+    alike: int = 1
     threshold: float = 5.0
     share: float = 0.25
     least: float = 0.1
@@ -183,7 +185,9 @@ class Falls:
         if len(pairs) >= self.least_pairs:
             errors = [abs(b - a) / self._error((a + b) / 2, 1) for a, b in pairs]
             typical = SIGMA_OF_MAD * median(errors)
-        return max(1.0, typical * (1 + self.caution / math.sqrt(len(pairs))))
+        typical *= 1 + self.caution / math.sqrt(len(pairs))
+        # More than the most is no noise: the policy itself goes up and down.
+        return min(max(1.0, typical), math.sqrt(self.alike))
 
     def _onset(self, start: int, level: float) -> int:
         """The first value of the new level: the sum of the values above ``level`` is greatest there."""
@@ -215,12 +219,13 @@ class CollapseWatch:
 
     Args:
         completions: of one batch, behind its mean reward.
-        problems: of one evaluation, behind its accuracy.
+        generations: completions of one prompt among them.
+        problems: of one evaluation, behind its accuracy; each answered once.
     """
 
-    def __init__(self, completions: int, problems: int) -> None:
+    def __init__(self, completions: int, generations: int, problems: int) -> None:
         self._outliers = Outliers()
-        self._rewards = Falls(completions)
+        self._rewards = Falls(completions, generations)
         self._accuracies = Falls(problems)
         self._nats: dict[int, float] = {}  # of a completion, by step
 

@@ -131,8 +131,12 @@ class Alarms:
         self.directory = directory
         self.ledger = ledger
         self.say = say
-        self._watch = CollapseWatch(config.training.completions_per_step, config.eval.problems)
+        training = config.training
+        self._watch = CollapseWatch(
+            training.completions_per_step, training.num_generations, config.eval.problems
+        )
         self._evaluation: Row | None = None
+        self._length: float | None = None  # of the completions in use, tokens
         evaluations = {row["step"]: row for row in directory.rows("evals.jsonl")}
         if 0 in evaluations:
             self._raised_by(None, evaluations[0])
@@ -158,9 +162,10 @@ class Alarms:
     def _raised_by(self, row: Row | None, evaluation: Row | None) -> list[Alarm]:
         watch, raised = self._watch, []
         if row is not None:
-            step, length = row["step"], _number(row, "completions/mean_length")
-            # Where completions are used again, it is the next step that shows what the last one did.
-            late = _number(row, "capo/trust/last_measured_policy_shift")
+            # Where completions are used again, only their first step logs their length, and what a
+            # step did is seen in the next one.
+            step, late = row["step"], _number(row, "capo/trust/last_measured_policy_shift")
+            self._length = length = _number(row, "completions/mean_length") or self._length
             if not watch.measured(step - 1):
                 raised += watch.step(step - 1, late, length)
             raised += watch.step(step, _number(row, "capo/trust/measured_policy_shift"), length)

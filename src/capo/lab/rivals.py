@@ -84,7 +84,7 @@ class KLAdaptive(TrainerCallback):  # type: ignore[misc]
 
     Above twice the target, the next step's learning rate falls by 1.5; below half of it, it grows by
     1.5. It stays within its bounds, except where the schedule itself is outside of them. The
-    optimizer has the scaled learning rate for the step alone and the schedule's own afterwards.
+    optimizer has the scaled learning rate for the step alone; `restore` gives it the schedule's back.
 
     Args:
         target: policy shift of a step, in nats a token.
@@ -136,6 +136,21 @@ class KLAdaptive(TrainerCallback):  # type: ignore[misc]
             self.log("rival/factor", self.factor)
             self.log("rival/learning_rate", first * self.factor)
 
+    def restore(self, optimizer: Optimizer) -> None:
+        """Give the optimizer the schedule's learning rate back, to the bit."""
+        assert self._scheduled is not None, "a step begins before it ends"
+        for group, learning_rate in zip(optimizer.param_groups, self._scheduled, strict=True):
+            group["lr"] = learning_rate
+        self._scheduled = None
+
+
+class StepTaken(TrainerCallback):  # type: ignore[misc]
+    """Calls back with the optimizer when it has stepped."""
+
+    def __init__(self, then: Callable[[Optimizer], None]) -> None:
+        """Do nothing yet."""
+        self.then = then
+
     def on_optimizer_step(
         self,
         args: TrainingArguments,
@@ -144,18 +159,16 @@ class KLAdaptive(TrainerCallback):  # type: ignore[misc]
         optimizer: Optimizer | None = None,
         **_: Any,
     ) -> None:
-        """Give the optimizer the schedule's learning rate back."""
+        """Call back."""
         assert optimizer is not None
-        assert self._scheduled is not None, "a step begins before it ends"
-        for group, learning_rate in zip(optimizer.param_groups, self._scheduled, strict=True):
-            group["lr"] = learning_rate
-        self._scheduled = None
+        self.then(optimizer)
 
 
 def attach_rival(trainer: CAPOTrainer, section: RivalSection) -> None:
     """Give the trainer the step rule of the configuration, if there is one.
 
-    The callback comes after the trainer's own, which measure the step.
+    A rule acts before the trainer's own callbacks, which then see the step as it will be taken, and
+    what it changed for the step alone is put back after them, who put back what they found.
     """
 
     def log(name: str, value: float) -> None:
@@ -165,10 +178,11 @@ def attach_rival(trainer: CAPOTrainer, section: RivalSection) -> None:
         assert trainer._grad_norm is not None, "max_grad_norm is positive, so the norm is taken"
         return trainer._grad_norm
 
+    callbacks = trainer.callback_handler.callbacks
     if section.rule == "skip_on_spike":
-        trainer.add_callback(SkipOnSpike(section.spike_factor, section.spike_window, norm, log))
+        callbacks.insert(0, SkipOnSpike(section.spike_factor, section.spike_window, norm, log))
     elif section.rule == "kl_adaptive":
         bounds = (section.min_learning_rate, section.max_learning_rate)
-        trainer.add_callback(
-            KLAdaptive(section.target_shift, bounds, lambda: trainer.last_policy_shift, log)
-        )
+        rule = KLAdaptive(section.target_shift, bounds, lambda: trainer.last_policy_shift, log)
+        callbacks.insert(0, rule)
+        trainer.add_callback(StepTaken(rule.restore))

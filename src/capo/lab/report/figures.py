@@ -17,7 +17,6 @@ from capo.lab.report.summary import Series, selects
 from capo.lab.report.thresholds import thresholds_of
 from capo.lab.report.trust import trust_figures
 
-
 POLICY_SHIFT = {f"capo/policy_shift/{name}": name for name in ("p50", "p90", "p99", "max")}
 OBJECTIVE_SHIFT = {f"capo/objective_shift/{name}": name for name in ("p01", "p50", "p99")}
 MAX_REASON_FIGURES = 6

@@ -18,6 +18,7 @@ from markupsafe import Markup
 import capo
 from capo.core.errors import InputError
 from capo.lab.report import figures, rows
+from capo.lab.report.alarms import read_alarms
 from capo.lab.report.charts import Figure
 from capo.lab.report.reading import Run, read_runs
 from capo.lab.report.style import DARK_SERIES, LIGHT_SERIES, swatches, vega_config
@@ -100,9 +101,11 @@ def _render(
         light=LIGHT_SERIES,
         dark=DARK_SERIES,
         rows=rows.summary_rows(series),
+        budgets=any(summary.within for one in series for summary in one.summaries),
         sections=sections,
         runs=found,
         notes=[(run.name, note) for run in found for note in run.notes],
+        alarms=[(run.name, alarm) for run in found for alarm in read_alarms(run)],
         offenders=[(run, tokens) for run in found if (tokens := worst_offenders(run)).offenders],
         unrecorded=[run.name for run in found if not (run.path / "tokens").is_dir()],
         difference=rows.config_difference(found),

@@ -7,6 +7,7 @@ import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from capo.lab.report.reading import Run, lookup
@@ -40,6 +41,7 @@ class Row:
     collapsed: str
     fell: bool
     rejection: Cell
+    within: Cell
     completions: Cell
     wall: Cell
     state: str
@@ -75,6 +77,7 @@ def _run_row(summary: Summary, kind: str, index: int, name: str) -> Row:
         collapsed=DASH if summary.collapsed is None else verdict,
         fell=bool(summary.collapsed),
         rejection=_rejection([summary]),
+        within=_within([summary]),
         completions=Cell(f"{summary.completions:,.0f}"),
         wall=Cell(duration(summary.seconds)),
         state=str(summary.run.status.get("state", "unknown")),
@@ -103,6 +106,7 @@ def _series_row(one: Series, index: int) -> Row:
         collapsed=f"{fallen} of {len(judged)}" if judged else DASH,
         fell=fallen > 0,
         rejection=_rejection(members),
+        within=_within(members),
         completions=Cell(f"{sum(s.completions for s in members):,.0f}", "in all"),
         wall=Cell(duration(sum(s.seconds or 0.0 for s in members) or None), "in all"),
         state="",
@@ -143,6 +147,15 @@ def _rejection(members: Sequence[Summary]) -> Cell:
     if not means:
         return Cell()
     return Cell(f"{sum(means) / len(means):.1%}", f"peak {max(peaks):.1%}")
+
+
+def _within(members: Sequence[Summary]) -> Cell:
+    found = [summary.within for summary in members if summary.within is not None]
+    if not found:
+        return Cell()
+    met, steps = sum(one.met for one in found), sum(one.steps for one in found)
+    budget = median(one.budget for one in found)
+    return Cell(f"{met / steps:.1%}", f"δ {budget:.1e}")
 
 
 def duration(seconds: float | None) -> str:

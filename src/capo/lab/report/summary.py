@@ -11,7 +11,7 @@ from itertools import takewhile
 from statistics import median
 from typing import Any
 
-from capo.lab.report.reading import Run
+from capo.lab.report.reading import MEASURED, Run
 
 ALGORITHMS = {"grpo": "GRPO", "dr_grpo": "Dr.GRPO", "reinforce": "REINFORCE"}
 SELECTED = {
@@ -19,6 +19,7 @@ SELECTED = {
     ("dr_grpo", "dr_capo"): "Dr.CAPO",
     ("reinforce", "reincapo"): "ReinCAPO",
 }
+BUDGET = "capo/trust/budget"
 # Keys that do not make two runs different experiments.
 IDENTITY_FREE = ("seed", "name")
 
@@ -30,6 +31,18 @@ class Estimate:
     accuracy: float
     stderr: float
     completions: float
+
+
+@dataclass(frozen=True)
+class Within:
+    """Steps whose measured policy shift was within the budget, of those measured.
+
+    ``budget`` is the median one (nats a token).
+    """
+
+    met: int
+    steps: int
+    budget: float
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,7 @@ class Summary:
     rejection_peak: float | None
     completions: float
     seconds: float | None
+    within: Within | None = None
 
 
 @dataclass(frozen=True)
@@ -70,12 +84,18 @@ def algorithm_name(run: Run) -> str:
     base = str(run.setting("algorithm.name", "unknown"))
     selection = run.setting("capo.selection")
     shown = ALGORITHMS.get(base, base)
+    scaled = " + trust region" if scales(run) else ""
     if not selects(run):
-        return shown
+        return f"{shown}{scaled}"
     if not isinstance(selection, str):
         rule = selection.get("rule", "own thresholds") if isinstance(selection, dict) else "rule"
-        return f"{shown} + {rule}"
-    return SELECTED.get((base, selection), f"{shown} + {selection} thresholds")
+        return f"{shown} + {rule}{scaled}"
+    return SELECTED.get((base, selection), f"{shown} + {selection} thresholds") + scaled
+
+
+def scales(run: Run) -> bool:
+    """Whether the run scales steps to a budget; to measure them is not to scale."""
+    return run.setting("capo.trust_region.policy_shift") is not None
 
 
 def selects(run: Run) -> bool:
@@ -138,12 +158,22 @@ def summarise(run: Run, target_accuracy: float) -> Summary:
         rejection_peak=rejection_peak,
         completions=max(clocks, default=0.0),
         seconds=max(seconds, default=None),
+        within=_within(run),
     )
 
 
 def _estimates(run: Run) -> list[Estimate]:
     columns = run.evals[["accuracy", "stderr", "completions"]]
     return [Estimate(*map(float, row)) for row in columns.itertuples(index=False)]
+
+
+def _within(run: Run) -> Within | None:
+    """None where no step was both measured and under a budget."""
+    table = run.metrics.reindex(columns=[MEASURED, BUDGET]).dropna()
+    if not len(table):
+        return None
+    met = int((table[MEASURED] <= table[BUDGET]).sum())
+    return Within(met, len(table), float(table[BUDGET].median()))
 
 
 def _rejection(run: Run) -> tuple[float | None, float | None]:

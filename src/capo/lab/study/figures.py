@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import vl_convert
 
-from capo.lab.report.charts import MAIN, Figure, point_encodings, series_encodings
+from capo.lab.report.charts import MAIN, Figure, series_encodings
 from capo.lab.report.page import EXPORT_SCALE, VEGA_LITE
 from capo.lab.report.style import vega_config
 from capo.lab.study.goals import completions_estimate, final_median
@@ -59,14 +59,20 @@ def races(slug: str, title: str, results: Sequence[ArmResult], study: StudyResul
         return None
     data = pd.concat([race_table(result) for result in results]) if results else pd.DataFrame()
     names = [result.label for result in results]
-    x = alt.X("completions:Q", title="completions (logarithmic)", axis=COUNTS).scale(type="log")
+    x = alt.X("completions:Q", title="completions (logarithmic)", axis=COUNTS).scale(
+        type="log", nice=False
+    )
     base = alt.Chart(alt.NamedData(name=MAIN)).encode(x=x)
     looks = series_encodings(names, data) if results else {}
-    y = alt.Y("median:Q", title="accuracy on held-out problems", scale=alt.Scale(zero=False))
+    title_y, free = "accuracy on held-out problems", alt.Scale(zero=False)
     band = base.mark_area(opacity=BAND).encode(
-        y=alt.Y("low:Q", title=y.title), y2="high:Q", color=looks.get("color", alt.value("grey"))
+        y=alt.Y("low:Q", title=title_y, scale=free),
+        y2="high:Q",
+        color=looks.get("color", alt.value("grey")),
     )
-    line = base.mark_line(strokeWidth=2).encode(y=y, **looks)
+    line = base.mark_line(strokeWidth=2).encode(
+        y=alt.Y("median:Q", title=title_y, scale=free), **looks
+    )
     target = pd.DataFrame({"value": [study.plan.measure.target]})
     rule = alt.Chart(alt.NamedData(name="target")).mark_rule(strokeDash=[4, 4]).encode(y="value:Q")
     caption = (
@@ -136,7 +142,8 @@ def completions_figure(study: StudyResult) -> Figure:
         )
     names = [result.label for result in study.races]
     y = alt.Y("series:N", title=None, sort=names, axis=alt.Axis(labelLimit=260))
-    x = alt.X("completions:Q", title="completions (logarithmic)", axis=COUNTS).scale(type="log")
+    x = alt.X("completions:Q", title="completions (logarithmic)", axis=COUNTS)
+    x = x.scale(type="log", nice=False, padding=20)
     shape = alt.Shape("reached:N", title=None).scale(
         domain=["reached", "not reached by then"], range=["circle", "triangle-right"]
     )
@@ -145,18 +152,23 @@ def completions_figure(study: StudyResult) -> Figure:
         .mark_point(size=60, filled=False, color="#59636E")
         .encode(x=x, y=y, shape=shape)
     )
-    median = (
-        alt.Chart(alt.NamedData(name="medians"))
-        .mark_tick(thickness=3, size=18, color="#0072B2")
-        .encode(x="median:Q", y=y)
+    middle = alt.Chart(alt.NamedData(name="medians")).encode(y=y)
+    interval = (
+        middle.transform_filter("isValid(datum.high)")
+        .mark_rule(strokeWidth=2, color="#0072B2", opacity=0.5)
+        .encode(x="low:Q", x2="high:Q")
     )
-    caption = "Points: seeds; bars: medians. A run that did not reach the target is a triangle."
+    median = middle.mark_tick(thickness=3, size=18, color="#0072B2").encode(x="median:Q")
+    caption = (
+        "Points: seeds, a triangle where the target was not reached by then; bars: medians, lines: "
+        "their intervals, drawn where neither end is open."
+    )
     title = f"Completions to accuracy {study.plan.measure.target:g}"
     return Figure(
         "completions",
         title,
         caption,
-        alt.layer(points, median),
+        alt.layer(interval, points, median),
         pd.DataFrame(rows),
         {"medians": pd.DataFrame(bars)},
     )
@@ -170,7 +182,7 @@ def learning_rates(study: StudyResult) -> Figure:
             "learning_rate": learning_rate,
             "seed": outcome.seed,
             "accuracy": outcome.final_accuracy,
-            "collapsed": outcome.collapsed,
+            "fate": "collapsed" if outcome.collapsed else "survived",
         }
         for result in study.ranges
         for learning_rate, point in result.points
@@ -192,17 +204,24 @@ def learning_rates(study: StudyResult) -> Figure:
         axis=alt.Axis(format="~e", values=sorted(set(data.get("learning_rate", [])))),
     ).scale(type="log")
     looks = series_encodings(names, data) if len(data) else {}
-    dots = point_encodings(names, data) if len(data) else {}
-    y_title = "final accuracy"
+    fate = alt.Shape("fate:N", title=None, legend=alt.Legend(orient="bottom")).scale(
+        domain=["survived", "collapsed"], range=["circle", "cross"]
+    )
+    y = {"title": "final accuracy"}
     lines = (
         alt.Chart(alt.NamedData(name="medians"))
         .mark_line(strokeWidth=2)
-        .encode(x=x, y=alt.Y("median:Q", title=y_title), **looks)
+        .encode(x=x, y=alt.Y("median:Q", **y), **looks)
     )
     points = (
         alt.Chart(alt.NamedData(name=MAIN))
         .mark_point(filled=True, size=45, opacity=0.65)
-        .encode(x=x, y=alt.Y("accuracy:Q", title=y_title), **dots)
+        .encode(
+            x=x,
+            y=alt.Y("accuracy:Q", **y),
+            shape=fate,
+            color=looks.get("color", alt.value("grey")),
+        )
     )
     caption = (
         "Points: seeds; lines: medians. A step rule's runs end when they collapse, and its climb "
@@ -212,7 +231,7 @@ def learning_rates(study: StudyResult) -> Figure:
         "learning_rates",
         "Final accuracy over the learning rate",
         caption,
-        alt.layer(lines, points).resolve_scale(shape="independent", strokeDash="independent"),
+        alt.layer(lines, points),
         data,
         {"medians": medians},
     )

@@ -141,11 +141,6 @@ class Store:
             return None
         return _outcome(document)
 
-    def stale(self, job: Job) -> bool:
-        """Whether there is an outcome of another configuration."""
-        document = self._read(job)
-        return document is not None and document.get("fingerprint") != job.fingerprint()
-
     def save(self, outcome: Outcome) -> Path:
         """Write the outcome's file."""
         path = self.root / outcome.stage / outcome.arm / f"{outcome.seed}.json"

@@ -8,6 +8,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -82,7 +83,16 @@ def workers(jobs: int, provenance: dict[str, Any]) -> Iterator[Workers]:
 
 def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's business
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore", FutureWarning)
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed stops nobody: without this, its workers would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _execute(job: Job, provenance: dict[str, Any]) -> Outcome:

@@ -241,7 +241,7 @@ def _narrowings(study: StudyResult) -> str:
                 words = _words(settings)
                 rows.append([f"{index + 1} ({len(arms)} arms)", words, f"{score:,.0f}", str(runs)])
         head = ["round", f"settings (best {SHOWN})", "mean score", "runs"]
-        parts.append(_section(f"Narrowing: {each.label}", head, rows))
+        parts.append(_section(f"Narrowing: {each.label}", head, rows) + _edges(each))
     if not parts:
         return ""
     note = (
@@ -250,6 +250,16 @@ def _narrowings(study: StudyResult) -> str:
         "figures above are of seeds that chose nothing.\n"
     )
     return "\n".join(parts) + note
+
+
+def _edges(narrowing: Narrowing) -> str:
+    """Where the best settings are the outermost that were tried, the best may lie beyond."""
+    edges = []
+    for key, value in narrowing.winner.items():
+        tried = {settings[key] for settings, _, _ in (narrowing.rounds or ((),))[0]}
+        if len(tried) > 1 and isinstance(value, int | float) and value in (min(tried), max(tried)):
+            edges.append(_words({key: value}))
+    return f"\nAt the edge of what was tried: {', '.join(edges)}.\n" if edges else ""
 
 
 def _extra_section(name: str, extra: dict[str, Any]) -> str:
