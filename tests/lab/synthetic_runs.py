@@ -50,11 +50,15 @@ def write_run(
     steps: int = 60,
     eval_every: int = 5,
     shifts: bool = True,
+    trust: float | None = None,
     tokens: int = 0,
     state: str = "finished",
     vocabulary: list[str] | None = None,
 ) -> Path:
-    """Write a complete run directory of invented numbers; ``tokens`` steps get token records."""
+    """Write a complete run directory of invented numbers.
+
+    ``tokens`` steps get token records; with ``trust`` the steps have a ledger and that budget.
+    """
     configuration = configuration or config(path.name)
     path.mkdir(parents=True)
     seed = configuration["run"]["seed"]
@@ -92,6 +96,9 @@ def write_run(
         _metrics(step, per_step, float(rewards[step - 1]), shape, shifts, rng)
         for step in range(1, steps + 1)
     ]
+    if trust is not None:
+        for row in metrics:
+            row.update(trust_entries(trust, np.random.default_rng([seed, row["step"]])))
     write_lines(path / "evals.jsonl", evals)
     write_lines(path / "metrics.jsonl", metrics)
     if tokens:
@@ -141,6 +148,45 @@ def _metrics(
         "capo/tokens": 1000,
     }
     return row
+
+
+def trust_entries(budget: float, rng: np.random.Generator) -> dict[str, float]:
+    """The ledger's entries of one step: predicted within the budget, measured about as predicted."""
+    proposed = budget * float(rng.lognormal(2.0, 1.0))
+    scale = min(1.0, 0.8 * (budget / proposed) ** 0.5)
+    predicted = proposed * scale**2
+    measured = predicted * float(rng.lognormal(0.0, 0.3))
+    promised = float(rng.normal(0.004, 0.003))
+    values = {
+        "budget": budget,
+        "scale": scale,
+        "proposed_policy_shift": proposed,
+        "predicted_policy_shift": predicted,
+        "measured_policy_shift": measured,
+        "predicted_objective_shift": promised,
+        "observed_objective_shift": promised * float(rng.lognormal(0.0, 0.2)),
+        "trials": 2.0,
+        "omega": promised * 20,
+        "penalty": 2**0.5 * 2.5 * 20 * 19 * measured**0.5,
+        "met": float(measured <= budget),
+    }
+    return {f"capo/trust/{name}": value for name, value in values.items()}
+
+
+def alarm(step: int, kind: str = "policy shift", text: str = "7", **changes: Any) -> dict[str, Any]:
+    """A row of ``alarms.jsonl``."""
+    moved = {
+        "token": text,
+        "prompt": "12+34?",
+        "before": "12+34=4",
+        "after": "6<|eos|>",
+        "divergence": 3.5,
+        "share": 0.41,
+        "advantage": -1.0,
+        "log_ratio": -4.0,
+    }
+    row = {"step": step, "completions": 96 * step, "seconds": 1.0, "kind": kind, "began": step}
+    return {**row, "sentence": f"step {step} went too far", "moved": [moved], **changes}
 
 
 def write_tokens(path: Path, vocabulary: int, rng: np.random.Generator) -> None:

@@ -22,8 +22,11 @@ def run(tmp_path):
     for step in range(1, 6):
         run.append("metrics.jsonl", {"step": step, "loss": float("nan")})
         (run.tokens / f"step-{step:06d}.npz").touch()
+        run.append("ledger.jsonl", {"step": step, "moved": []})
     for step in (0, 2, 4):
         run.append("evals.jsonl", {"step": step})
+    for step in (1, 3):
+        run.append("alarms.jsonl", {"step": step})
     with (run.path / "metrics.jsonl").open("a") as log:
         log.write('{"step": 6, "lo')
     run.write("config.json", {})
@@ -46,6 +49,8 @@ def test_rewinding_forgets_what_came_after_the_checkpoint(run):
     run.rewind(2)
     assert steps(run, "metrics.jsonl") == [1, 2]
     assert steps(run, "evals.jsonl") == [0, 2]
+    assert steps(run, "ledger.jsonl") == [1, 2]
+    assert steps(run, "alarms.jsonl") == [1]
     assert sorted(path.name for path in run.tokens.iterdir()) == [
         "step-000001.npz",
         "step-000002.npz",
@@ -56,7 +61,15 @@ def test_rewinding_forgets_what_came_after_the_checkpoint(run):
 def test_rewinding_to_the_start_forgets_everything(run):
     run.rewind(0)
     assert steps(run, "metrics.jsonl") == steps(run, "evals.jsonl") == []
+    assert steps(run, "ledger.jsonl") == steps(run, "alarms.jsonl") == []
     assert not list(run.tokens.iterdir())
+
+
+def test_rewinding_makes_no_log_that_was_not_there(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.append("metrics.jsonl", {"step": 1})
+    run.rewind(0)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_complete_checkpoint_replaces_the_older(run):

@@ -80,17 +80,18 @@ class Outliers:
 
 @dataclass(frozen=True)
 class Fallen:
-    """A level that fell from ``best`` to ``now``, means of ``window`` values each.
+    """A level that fell.
 
     Attributes:
-        best, now, window: what was compared.
+        best, now: the two means that were compared.
+        windows: values in each of them.
         errors: their distance in standard errors.
         before, first: positions of the last value of the old level, and of the first of the new one.
     """
 
     best: float
     now: float
-    window: int
+    windows: tuple[int, int]
     errors: float
     before: int
     first: int
@@ -100,17 +101,17 @@ class Fallen:
 class Falls:
     """A level (a share, in [0, 1]) that falls significantly below its own best.
 
-    The mean of the last w values is compared with the best earlier mean of w values, for several w:
-    one value shows a sudden fall in large batches, many show a slow one in small batches. The
-    standard error is binomial, times how much more than binomially neighbouring values differ, since
-    answers to one problem are alike: from 1 to √alike times.
+    The best mean of so many values in a row is compared with the mean of as many or more of the last
+    ones, for several lengths: one value shows a sudden fall in large batches, many show a slow one in
+    small batches. The standard error is binomial, times how much more than binomially neighbouring
+    values differ, since answers to one problem are alike: from 1 to √alike times.
 
     Attributes:
         count: answers behind one value.
         alike: answers to one problem among them.
         threshold: standard errors between the two means.
         share, least: what must be lost as well, of the best and absolutely.
-        windows: the w compared.
+        windows: the lengths.
         caution: the spread seen in n pairs of neighbours is taken to be 1 + caution/√n times as large.
         least_pairs: pairs below which their spread is taken to be binomial.
     """
@@ -146,34 +147,41 @@ class Falls:
             self._best.clear()
         fallen = max(self._candidates(), key=lambda one: one.errors, default=None)
         if fallen is not None:
-            self._recovery = (fallen.window, (fallen.best + fallen.now) / 2)
+            self._recovery = (fallen.windows[0], (fallen.best + fallen.now) / 2)
         return fallen
 
     def _candidates(self) -> Iterator[Fallen]:
         total = len(self._values)
         spread = self._spread()
-        for window in self.windows:
-            end = total - window  # of the latest window that does not overlap the last
-            if end < window:
+        for early in self.windows:
+            end = total - early  # of the latest window that leaves room for one as long
+            if end < early:
                 break
-            mean = self._mean(end - window, window)
-            if window not in self._best or mean > self._best[window][0]:
-                self._best[window] = (mean, end)
-            best, end = self._best[window]
-            now = self._mean(total - window, window)
-            errors = (best - now) / (spread * self._error((best + now) / 2, window))
-            if errors > self.threshold and best - now > max(self.share * best, self.least):
-                first = self._onset(end - window, (best + now) / 2)
-                before, after = self._positions[first - 1], self._positions[first]
-                yield Fallen(best, now, window, errors, before, after)
+            mean = self._mean(end - early, early)
+            if early not in self._best or mean > self._best[early][0]:
+                self._best[early] = (mean, end)
+            best, end = self._best[early]
+            for late in self.windows:
+                if early <= late <= total - end:
+                    now = self._mean(total - late, late)
+                    errors = (best - now) / (spread * self._error(best, early, now, late))
+                    lost = best - now > max(self.share * best, self.least)
+                    if lost and errors > self.threshold:
+                        first = self._onset(end - early, (best + now) / 2)
+                        places = self._positions[first - 1], self._positions[first]
+                        yield Fallen(best, now, (early, late), errors, *places)
 
     def _mean(self, start: int, window: int) -> float:
         return sum(self._values[start : start + window]) / window
 
-    def _error(self, level: float, window: int) -> float:
-        """Binomial standard error of the difference of two means; not even that of 0 or 1 is 0."""
-        variance = max(level * (1 - level), 1 / self.count)
-        return math.sqrt(2 * variance / (self.count * window))
+    def _error(self, one: float, window: int, other: float, length: int) -> float:
+        """Binomial standard error of the difference of two means: the larger of that of two levels and
+        of one; not even that of 0 or 1 is 0.
+        """
+        level = (one * window + other * length) / (window + length)
+        apart = one * (1 - one) / window + other * (1 - other) / length
+        alike = max(level * (1 - level), 1 / self.count) * (1 / window + 1 / length)
+        return math.sqrt(max(apart, alike) / self.count)
 
     def _spread(self) -> float:
         """How many binomial standard errors neighbours typically differ by; at least 1."""
@@ -183,7 +191,7 @@ class Falls:
             return 1.0
         typical = 1.0
         if len(pairs) >= self.least_pairs:
-            errors = [abs(b - a) / self._error((a + b) / 2, 1) for a, b in pairs]
+            errors = [abs(b - a) / self._error(a, 1, b, 1) for a, b in pairs]
             typical = SIGMA_OF_MAD * median(errors)
         typical *= 1 + self.caution / math.sqrt(len(pairs))
         # More than the most is no noise: the policy itself goes up and down.
@@ -271,9 +279,14 @@ class CollapseWatch:
 
 
 def _sentence(what: str, unit: str, fallen: Fallen, began: int) -> str:
-    window = f"{fallen.window} {unit}{'es' * (unit == 'batch')}{'s' * (unit == 'evaluation')}"
-    of = f"over {window} each" if fallen.window > 1 else f"from one {unit} to another"
+    early, late = fallen.windows
     return (
-        f"the {what} fell from {fallen.best:.2f} to {fallen.now:.2f} ({of}, {fallen.errors:.1f} "
-        f"standard errors): collapse began at step {began}"
+        f"the {what} fell from {fallen.best:.2f} (over {_count(early, unit)}) to {fallen.now:.2f} "
+        f"(over {_count(late, unit)}), {fallen.errors:.1f} standard errors: collapse began at step "
+        f"{began}"
     )
+
+
+def _count(number: int, unit: str) -> str:
+    plural = "es" if unit == "batch" else "s"
+    return f"{number} {unit}{plural * (number != 1)}"

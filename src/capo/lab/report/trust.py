@@ -58,7 +58,7 @@ def trust_figures(series: Sequence[Series]) -> list[Figure]:
         figures.append(reward_figure(keeping, names))
     if logged("omega", "penalty"):
         figures.append(bound_figure(keeping, names))
-    return figures
+    return [figure for figure in figures if len(figure.data)]
 
 
 def measured_figure(keeping: Sequence[Series], names: Sequence[str]) -> Figure:
@@ -334,7 +334,7 @@ def _log_look(data: Any) -> dict[str, Any]:
     """Scale and axis of a logarithmic channel over all values of x and y."""
     values = data[["x", "y"]].to_numpy(dtype=float)
     if not values.size:
-        return {"scale": alt.Scale(type="log", domain=[1e-3, 1])}
+        return {}
     low = math.floor(math.log10(charts.log_floor(data, ["x", "y"])))
     high = max(math.ceil(math.log10(float(np.max(values)))), low + 1)
     decades = range(low, high + 1, 1 if high - low <= 6 else 2)
