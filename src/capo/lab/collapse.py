@@ -112,6 +112,8 @@ class Falls:
         threshold: standard errors between the two means.
         share, least: what must be lost as well, of the best and absolutely.
         windows: the lengths.
+        least_groups: groups of answers that are alike (problems) behind a mean, at least: the mean of
+            fewer is far from normal.
         caution: the spread seen in n pairs of neighbours is taken to be 1 + caution/√n times as large.
         least_pairs: pairs below which their spread is taken to be binomial.
     """
@@ -122,6 +124,7 @@ class Falls:
     share: float = 0.25
     least: float = 0.1
     windows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    least_groups: int = 6
     caution: float = 1.5
     least_pairs: int = 5
     _values: list[float] = field(default_factory=list, init=False)
@@ -153,7 +156,7 @@ class Falls:
     def _candidates(self) -> Iterator[Fallen]:
         total = len(self._values)
         spread = self._spread()
-        for early in self.windows:
+        for early in self._windows():
             end = total - early  # of the latest window that leaves room for one as long
             if end < early:
                 break
@@ -161,7 +164,7 @@ class Falls:
             if early not in self._best or mean > self._best[early][0]:
                 self._best[early] = (mean, end)
             best, end = self._best[early]
-            for late in self.windows:
+            for late in self._windows():
                 if early <= late <= total - end:
                     now = self._mean(total - late, late)
                     errors = (best - now) / (spread * self._error(best, early, now, late))
@@ -171,6 +174,10 @@ class Falls:
                         places = self._positions[first - 1], self._positions[first]
                         yield Fallen(best, now, (early, late), errors, *places)
 
+    def _windows(self) -> list[int]:
+        groups = self.count / self.alike  # behind one value
+        return [window for window in self.windows if window * groups >= self.least_groups]
+
     def _mean(self, start: int, window: int) -> float:
         return sum(self._values[start : start + window]) / window
 
@@ -178,10 +185,13 @@ class Falls:
         """Binomial standard error of the difference of two means: the larger of that of two levels and
         of one; not even that of 0 or 1 is 0.
         """
+
+        def variance(level: float) -> float:
+            return max(level * (1 - level), 1 / self.count) / self.count
+
         level = (one * window + other * length) / (window + length)
-        apart = one * (1 - one) / window + other * (1 - other) / length
-        alike = max(level * (1 - level), 1 / self.count) * (1 / window + 1 / length)
-        return math.sqrt(max(apart, alike) / self.count)
+        apart = variance(one) / window + variance(other) / length
+        return math.sqrt(max(apart, variance(level) * (1 / window + 1 / length)))
 
     def _spread(self) -> float:
         """How many binomial standard errors neighbours typically differ by; at least 1."""
