@@ -163,7 +163,8 @@ def final_median(result: ArmResult) -> float:
 def survived_text(result: RangeResult) -> str:
     """``1e-04 to 1e-02 (100 ×)``."""
     if result.survived is None:
-        return "no learning rate survived"
+        made = any(point.outcomes for _, point in result.points)
+        return "no learning rate survived" if made else "not measured yet"
     low, high = result.survived
     return f"{rate(low)} to {rate(high)} ({high / low:.3g} ×)"
 
