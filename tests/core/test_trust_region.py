@@ -19,6 +19,7 @@ from capo.core.proposed import ProposedStep
 from capo.core.statistics.problem import Head
 from capo.core.trust_region import (
     Calibration,
+    Followed,
     Probe,
     Reference,
     StepLength,
@@ -389,3 +390,35 @@ def test_options() -> None:
     assert not capo.TrustRegion(policy_shift=None).scales
     with pytest.raises(InputError, match="depth"):
         last_layers(Backbone(layers=2), 3)
+
+
+def test_a_step_of_mere_momentum_does_not_set_the_pace():
+    length = StepLength()
+    length.choose(lambda s: 0.1 * s**2, 1e-3, 1e-2)
+    pace = length.log_curvature
+    length.learns = False
+    for _ in range(50):
+        length.choose(lambda s: 1e-6 * s**2, 1e-3, 1e-2)
+    assert length.log_curvature == pace
+    length.learns = True
+    length.choose(lambda s: 1e-6 * s**2, 1e-3, 1e-2)
+    assert length.log_curvature < pace
+
+
+@given(
+    st.lists(st.integers(0, 1000), min_size=1, max_size=30),
+    st.floats(0, 0.99),
+)
+def test_followed_completions_are_weighted_as_adam_weighs_gradients(numbers, momentum):
+    """Against the first moment that torch's Adam itself keeps, of gradients that are the numbers."""
+    followed = Followed()
+    parameter = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    adam = torch.optim.Adam([parameter], lr=0.0, betas=(momentum, 0.999))
+    for index, number in enumerate(numbers, start=1):
+        parameter.grad = torch.tensor(float(number), dtype=torch.float64)
+        adam.step()
+        moment = float(adam.state[parameter]["exp_avg"]) / (1 - momentum**index)
+        assert followed.step(number, momentum) == pytest.approx(max(moment, 1e-3), rel=1e-9)
+    again = Followed()
+    again.load_state_dict(followed.state_dict())
+    assert again.step(7, momentum) == followed.step(7, momentum)

@@ -194,6 +194,47 @@ def test_clipping_comes_first_and_schedules_go_on(tmp_path: Path) -> None:
     assert instance.lr_scheduler.get_last_lr()[0] == pytest.approx(0.0)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_batches_whose_rewards_are_all_alike_earn_nothing(
+    tmp_path: Path, beta: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So little that it is what is earned that decides, not what is safe.
+    monkeypatch.setattr("capo.core.trust_region.options.ENTROPY_PER_COMPLETION", 1e-5)
+    calls = 0
+
+    def reward(completions: list[Any], **_: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        return [float(i % 2) if calls <= 2 else 1.0 for i, _ in enumerate(completions)]
+
+    model = kit.policy()
+    model.save_pretrained(tmp_path / "policy")
+    model.config._name_or_path = str(tmp_path / "policy")  # where the reference policy is found
+    _, watch, rows = run(
+        tmp_path,
+        model=model,
+        trust_region={"sequences": None},
+        rewards=reward,
+        learning_rate=1e-2,
+        beta=beta,
+        max_steps=6,
+    )
+    # In shares of the first: the policy's own entropy hardly changes within six such steps.
+    budgets = [row["capo/trust/budget"] / rows[0]["capo/trust/budget"] for row in rows]
+    if beta:  # the penalty gives every completion a gradient
+        assert min(budgets) > 0.7
+        return
+    weights, left = [], 0.0
+    for step in range(1, 7):  # Adam's first moment of gradients 1, 1, 0, 0, 0, 0
+        left = 0.9 * left + 0.1 * (step <= 2)
+        weights.append(left / (1 - 0.9**step))
+    assert budgets == pytest.approx(weights, rel=0.3)
+    assert budgets[5] < 0.6 * budgets[1]
+    assert all(
+        shift <= row["capo/trust/budget"] for shift, row in zip(watch.shifts, rows, strict=True)
+    )
+
+
 def test_with_selection(tmp_path: Path) -> None:
     _, watch, rows = run(
         tmp_path,

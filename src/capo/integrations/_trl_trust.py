@@ -22,6 +22,7 @@ from capo.core.statistics.problem import Head
 from capo.core.trust_region import (
     Calibration,
     Divergence,
+    Followed,
     Probe,
     StepChoice,
     StepLength,
@@ -66,11 +67,14 @@ class StepControl:
         iterations: int,
         seed: int,
         shift_callbacks: list[Callable[[ShiftRecord], None]],
+        every_completion: bool = False,
     ) -> None:
         self.region = region
         self.iterations = iterations
         self.seed = seed
         self.shift_callbacks = shift_callbacks
+        self.every_completion = every_completion
+        self.followed = Followed()
         self.length = StepLength(region.cruise)
         self.calibration = Calibration()
         self.last_policy_shift: float | None = None
@@ -103,8 +107,8 @@ class StepControl:
         generator = torch.Generator().manual_seed(name % (1 << 62))
         if deep is not None and self.region.step_length == "quadratic":
             self._quadratics.append(deep.quadratic(self.region.depth, generator))
-        batch, sequences = mask.size(0), self.region.sequences
-        self._completions += batch
+        sequences = self.region.sequences
+        self._completions += self._informative(inputs["advantages"])
         self._see_again(inputs["completion_ids"], hidden)
         if sequences is not None:
             done = len(self._samples)
@@ -114,6 +118,11 @@ class StepControl:
         if sequences == 0:
             sequences = 1
         self._samples.append(draw_sample(inputs, mask, hidden, sequences, generator))
+
+    def _informative(self, advantages: Tensor) -> int:
+        if self.every_completion:
+            return advantages.size(0)
+        return int((advantages != 0).reshape(advantages.size(0), -1).any(dim=1).sum())
 
     def _see_again(self, completions: Tensor, hidden: Float[Tensor, "B T d"]) -> None:
         """On completions that the last step was of, this pass shows for free what that step did."""
@@ -189,8 +198,9 @@ class StepControl:
                 batch.weights,
             )
             lr = max(float(group["lr"]) for group in optimizer.param_groups)
-            budget = self._budget(batch, completions)
+            budget = self._budget(batch, self.followed.step(completions, _momentum(optimizer)))
             last = self._last_step(lm_head, exact_hidden)
+            self.length.learns = completions > 0
             pending = self._choose(probe, batch, budget, lr, None if last is None else last[1])
         pending.batch, pending.budget = batch, budget
         if quadratics and budget is not None:
@@ -206,7 +216,7 @@ class StepControl:
                 for parameter in group["params"]:
                     parameter.grad = None
 
-    def _budget(self, batch: StepBatch, completions: int) -> float | None:
+    def _budget(self, batch: StepBatch, completions: float) -> float | None:
         shift = self.region.policy_shift
         if shift == "auto":
             return auto_policy_shift(batch.entropy, completions, self.iterations, batch.mean_length)
@@ -318,6 +328,7 @@ class StepControl:
         return {
             "trust_region": {
                 "length": self.length.state_dict(),
+                "followed": self.followed.state_dict(),
                 "calibration": self.calibration.state_dict(),
             }
         }
@@ -327,6 +338,7 @@ class StepControl:
         own = state.get("trust_region")
         if own is not None:
             self.length.load_state_dict(own["length"])
+            self.followed.load_state_dict(own["followed"])
             self.calibration.load_state_dict(own["calibration"])
 
 
@@ -374,6 +386,13 @@ def _slope(probe: Probe, divergence: Divergence) -> float:
     """First-order objective shift of the whole step: mean of ``A s``."""
     linear = divergence._replace(objective_shift=probe.reference.advantages * divergence.log_ratio)
     return probe.mean(linear).objective
+
+
+def _momentum(optimizer: torch.optim.Optimizer) -> float:
+    """Share of the first moment that the optimizer keeps from step to step."""
+    group = optimizer.param_groups[0]
+    betas = group.get("betas")
+    return float(betas[0] if betas else group.get("momentum", 0.0))
 
 
 def _scale_learning_rates(optimizer: torch.optim.Optimizer, scale: float) -> list[Any]:

@@ -132,6 +132,8 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
             iterations=self.args.num_iterations,
             seed=self.args.seed,
             shift_callbacks=shift_callbacks,
+            # The KL penalty gives every completion a gradient.
+            every_completion=self.args.beta > 0,
         )
 
     def _make_judge(self) -> Judge | None:

@@ -2,6 +2,7 @@
 
 from capo.core.trust_region.calibration import Calibration
 from capo.core.trust_region.divergence import Divergence, Reference, choose_tokens
+from capo.core.trust_region.followed import Followed
 from capo.core.trust_region.options import TrustRegion, auto_policy_shift, make_trust_region
 from capo.core.trust_region.probe import MeanShift, Probe, last_layers
 from capo.core.trust_region.step_length import StepChoice, StepLength
@@ -10,6 +11,7 @@ from capo.core.trust_region.trial import StepTrial
 __all__ = [
     "Calibration",
     "Divergence",
+    "Followed",
     "MeanShift",
     "Probe",
     "Reference",

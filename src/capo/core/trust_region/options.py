@@ -72,7 +72,7 @@ class TrustRegion:
 
 
 def auto_policy_shift(
-    entropy: float, completions: int, iterations: int = 1, length: float = 1.0
+    entropy: float, completions: float, iterations: int = 1, length: float = 1.0
 ) -> float:
     """The default budget δ of a step, in nats a token: the smaller of what is earned and what is safe.
 
@@ -86,7 +86,8 @@ def auto_policy_shift(
 
     Args:
         entropy: mean entropy ``H`` of the policy over the batch's tokens, nats.
-        completions: completions ``B`` whose gradient the step follows.
+        completions: completions ``B`` whose gradient the step follows; those of advantage 0 have none
+            (:class:`Followed` counts them over an optimizer's momentum).
         iterations: optimizer steps ``K`` that are taken on the same completions.
         length: mean tokens ``T`` of a completion.
 

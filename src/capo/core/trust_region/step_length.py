@@ -53,12 +53,16 @@ class StepLength:
         memory: weight of the newest ``κ`` in the running mean, in (0, 1].
 
     Attributes:
+        learns: whether the step that is to be chosen is one of those that the running mean is of. A
+            step of mere momentum is not: its direction is mostly spent, its curvature small, and a pace
+            set by it would be too fast for the next batch that says something.
         log_curvature: running mean of ``log κ`` (nats a token per squared learning rate), or None.
     """
 
     def __init__(self, cruise: float = 0.25, memory: float = 0.1) -> None:
         self.cruise = cruise
         self.memory = memory
+        self.learns = True
         self.log_curvature: float | None = None
 
     def choose(self, trial: Trial, budget: float, lr: float) -> StepChoice:
@@ -80,7 +84,8 @@ class StepLength:
             search.shift_at(scale)
         curvature = search.curvature
         if curvature is not None:
-            self._remember(curvature / lr**2)
+            if first or self.learns:
+                self._remember(curvature / lr**2)
             exact = min(1.0, math.sqrt(self.cruise * budget / curvature))
             if first and exact <= scale / math.sqrt(NEAR):  # else it is out of the trials' reach
                 scale = exact
