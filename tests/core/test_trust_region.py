@@ -25,6 +25,7 @@ from capo.core.trust_region import (
     StepLength,
     StepTrial,
     auto_policy_shift,
+    auto_sequences,
     choose_tokens,
     last_layers,
     make_trust_region,
@@ -422,3 +423,7 @@ def test_followed_completions_are_weighted_as_adam_weighs_gradients(numbers, mom
     again = Followed()
     again.load_state_dict(followed.state_dict())
     assert again.step(7, momentum) == followed.step(7, momentum)
+
+
+def test_two_completions_of_every_prompt_are_tried():
+    assert [auto_sequences(n) for n in (1, 3, 4, 5, 12, 16, 200)] == [8, 8, 8, 10, 24, 32, 32]

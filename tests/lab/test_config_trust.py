@@ -89,7 +89,7 @@ def test_watching_keeps_the_ledger_too():
         ("{policy_shift=true}", ".policy_shift", "got True"),
         ("{policy_shift=nan}", ".policy_shift", "got nan"),
         ("{predictor='magic'}", ".predictor", "'measured', 'deep' or 'head', got 'magic'"),
-        ("{sequences=0}", ".sequences", "greater than or equal to 1, got 0"),
+        ("{sequences=0}", ".sequences", "must be 'auto', 'all' or an integer ≥ 1, got 0"),
         ("{depth=-1}", ".depth", "'all' or an integer ≥ 0, got -1"),
         ("{depth=true}", ".depth", "got True"),
         ("{cruise=2.0}", ".cruise", "must be in (0, 1], got 2.0"),

@@ -108,6 +108,7 @@ class StepControl:
         if deep is not None and self.region.step_length == "quadratic":
             self._quadratics.append(deep.quadratic(self.region.depth, generator))
         sequences = self.region.sequences
+        assert sequences != "auto"  # the trainer knows how many prompts there are
         self._completions += self._informative(inputs["advantages"])
         self._see_again(inputs["completion_ids"], hidden)
         if sequences is not None:

@@ -24,8 +24,10 @@ bit for bit.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +38,7 @@ from trl import GRPOTrainer
 
 import capo
 from capo.core.errors import InputError
-from capo.core.trust_region import last_layers
+from capo.core.trust_region import auto_sequences, last_layers
 from capo.integrations._trl_batch import ShiftRecord
 from capo.integrations._trl_config import CAPOConfig
 from capo.integrations._trl_deep import DeepPass
@@ -127,6 +129,10 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if region.predictor == "deep" or region.step_length == "quadratic":
             self._check_depth("trust_region.depth", region.depth)
         read_head(policy, self.temperature)
+        if region.sequences == "auto":
+            batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+            prompts = math.ceil(batch / self.args.num_generations)
+            region = replace(region, sequences=auto_sequences(prompts))
         return StepControl(
             region,
             iterations=self.args.num_iterations,

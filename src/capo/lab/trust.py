@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, model_validator
 
 from capo.core.errors import InputError
-from capo.lab.sections import PositiveFloat, PositiveInt, Section, infinite_is_open, validate
+from capo.lab.sections import PositiveFloat, Section, infinite_is_open, validate
 
 KEY = "capo.trust_region"
 
@@ -44,7 +44,10 @@ def _depth(value: object) -> object:
 
 
 def _sequences(value: object) -> object:
-    return None if value == "all" else value
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value in ("auto", "all", None) or (whole and value > 0):  # type: ignore[operator]
+        return None if value == "all" else value
+    raise InputError(f"{KEY}.sequences", f"must be 'auto', 'all' or an integer ≥ 1, got {value!r}.")
 
 
 def _is_number(value: object) -> bool:
@@ -60,7 +63,7 @@ class TrustRegionTable(Section):
 
     policy_shift: Annotated[float | Literal["auto"] | None, BeforeValidator(_policy_shift)]
     predictor: Literal["measured", "deep", "head"]
-    sequences: Annotated[PositiveInt | None, BeforeValidator(_sequences)]
+    sequences: Annotated[int | Literal["auto"] | None, BeforeValidator(_sequences)]
     depth: Annotated[int | Literal["all"], BeforeValidator(_depth)]
     step_length: Literal["radius", "quadratic"]
     cruise: PositiveFloat

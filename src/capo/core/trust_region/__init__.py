@@ -3,7 +3,12 @@
 from capo.core.trust_region.calibration import Calibration
 from capo.core.trust_region.divergence import Divergence, Reference, choose_tokens
 from capo.core.trust_region.followed import Followed
-from capo.core.trust_region.options import TrustRegion, auto_policy_shift, make_trust_region
+from capo.core.trust_region.options import (
+    TrustRegion,
+    auto_policy_shift,
+    auto_sequences,
+    make_trust_region,
+)
 from capo.core.trust_region.probe import MeanShift, Probe, last_layers
 from capo.core.trust_region.step_length import StepChoice, StepLength
 from capo.core.trust_region.trial import StepTrial
@@ -20,6 +25,7 @@ __all__ = [
     "StepTrial",
     "TrustRegion",
     "auto_policy_shift",
+    "auto_sequences",
     "choose_tokens",
     "last_layers",
     "make_trust_region",

@@ -12,7 +12,7 @@ from capo.core.trust_region.probe import Depth
 Predictor = Literal["measured", "deep", "head"]
 StepLengthRule = Literal["radius", "quadratic"]
 
-ENTROPY_PER_COMPLETION = 3.2e-3
+ENTROPY_PER_COMPLETION = 6.4e-3
 """Share of the policy's entropy that one completion is worth (measured: docs/LOG.md)."""
 WORST_LOSS = 0.25
 """What one step may cost at worst, as a share of the reward's range."""
@@ -30,7 +30,7 @@ class TrustRegion:
             the logits along the step. ``"head"``: from the last layer's part of the step alone, times a
             ratio learned from what was measured after earlier steps.
         sequences: completions of a step's batch on which it is predicted and measured, spread evenly
-            over the prompts; None for all.
+            over the prompts; ``"auto"``: :func:`auto_sequences`; None for all.
         depth: layers that ``"deep"`` and ``"quadratic"`` see: ``"all"``, or the last n and the head.
         step_length: ``"radius"``: as long as the budget allows. ``"quadratic"``: no longer than where the
             objective shift of the step is largest, each half of the batch judging the other's step.
@@ -42,7 +42,7 @@ class TrustRegion:
 
     policy_shift: float | Literal["auto"] | None = "auto"
     predictor: Predictor = "measured"
-    sequences: int | None = 8
+    sequences: int | Literal["auto"] | None = "auto"
     depth: Depth = "all"
     step_length: StepLengthRule = "radius"
     cruise: float = 0.25
@@ -54,8 +54,9 @@ class TrustRegion:
             raise _error("policy_shift", f"must be 'auto', None or a number > 0, got {shift!r}.")
         if self.predictor not in get_args(Predictor):
             raise _error("predictor", f"must be {_list(Predictor)}, got {self.predictor!r}.")
-        if self.sequences is not None and not _integer(self.sequences, 1):
-            raise _error("sequences", f"must be an integer ≥ 1 or None, got {self.sequences!r}.")
+        if self.sequences not in ("auto", None) and not _integer(self.sequences, 1):
+            message = f"must be 'auto', an integer ≥ 1 or None, got {self.sequences!r}."
+            raise _error("sequences", message)
         if self.depth != "all" and not _integer(self.depth, 0):
             raise _error("depth", f"must be 'all' or an integer ≥ 0, got {self.depth!r}.")
         if self.step_length not in get_args(StepLengthRule):
@@ -71,6 +72,15 @@ class TrustRegion:
         return self.policy_shift is not None
 
 
+def auto_sequences(prompts: int) -> int:
+    """On how many completions a step of so many prompts is tried: two of each, 8 at least, 32 at most.
+
+    The policy shift is heavy-tailed over tokens, and prompts share the tokens at which it happens: where
+    some prompts are left out, the shift of the others says little (docs/LOG.md).
+    """
+    return min(max(8, 2 * prompts), 32)
+
+
 def auto_policy_shift(
     entropy: float, completions: float, iterations: int = 1, length: float = 1.0
 ) -> float:
@@ -79,7 +89,7 @@ def auto_policy_shift(
     *Earned*: a step follows noise as well as signal, and more completions average more of it out, so
     that the shift that they justify grows in proportion to them; it is counted in shares of the
     policy's entropy, of which it takes from; and steps on the same completions point the same way, so
-    that each gets less: ``3.2e-3 · H · B · K^-1.5``.
+    that each gets less: ``6.4e-3 · H · B · K^-1.5``.
 
     *Safe*: by Pinsker's inequality a step of δ nats a token over ``T`` tokens changes the mean reward by
     at most ``√(T δ / 2)`` of its range: at most 1/4 for ``δ = 2 (1/4)² / T``.
