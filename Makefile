@@ -11,7 +11,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[trl,lab,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[trl,lab,tasks,dev]'
 	touch $@
 
 demo: $(STAMP)

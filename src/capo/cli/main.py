@@ -50,9 +50,12 @@ def main() -> None:
         typer.echo(f"capo: {error}", err=True)
         sys.exit(2)
     except ModuleNotFoundError as error:
-        extra = {"trl": "trl", "transformers": "trl", "datasets": "trl"}.get(
-            error.name or "", "lab"
-        )
+        extra = {
+            "trl": "trl",
+            "transformers": "trl",
+            "datasets": "trl",
+            "reasoning_gym": "tasks",
+        }.get(error.name or "", "lab")
         if error.name is None or error.name.startswith("capo"):
             raise
         typer.echo(f"capo: {error.name} is missing; pip install 'capo-rl[{extra}]'", err=True)

@@ -48,4 +48,7 @@ class Task(Protocol):
         """
 
     def grade(self, completion: str, problem: Problem) -> float:
-        """Return 1.0 if the completion's final answer is right, else 0.0. Never raises."""
+        """Return the reward in [0, 1]: 1.0 iff the final answer is right. Never raises.
+
+        Only a task that says so gives partial credit, below 1.
+        """

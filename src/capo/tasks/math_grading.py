@@ -51,6 +51,16 @@ def grade_math(completion: str, answer: str) -> float:
     return float(_equal(wrap.format(stated), "\\boxed{" + answer + "}"))
 
 
+def prepare_grading() -> None:
+    """See `capo.tasks.worker.Grader`: the parser builds its tables at its first use."""
+    grade_math("\\boxed{\\frac{2}{4}}", "0.5")
+
+
+def grade_job(payload: dict[str, Any]) -> float:
+    """See `capo.tasks.worker.Grader`."""
+    return grade_math(payload["completion"], payload["answer"])
+
+
 def stated_answer(text: str) -> str | None:
     """The content of the last complete ``\\boxed{...}``, else what follows the last ``####``."""
     start = text.rfind("\\boxed{")

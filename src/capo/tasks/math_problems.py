@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from capo.core.errors import InputError
 from capo.tasks.base import Problem
-from capo.tasks.math_grading import grade_math, stated_answer
+from capo.tasks.math_grading import stated_answer
 
 _HELD_OUT_ONE_IN = 10
 _QUESTION_FIELDS = ("problem", "question")
@@ -77,8 +77,14 @@ class MathProblems:
         return _sample(self._eval, n, f"held-out {seed}")
 
     def grade(self, completion: str, problem: Problem) -> float:
-        """See `capo.tasks.math_grading.grade_math`."""
-        return grade_math(completion, problem.answer)
+        """See `capo.tasks.math_grading.grade_math`; runs in a process of bounded time."""
+        from capo.tasks.grading import grade_many
+
+        return grade_many(self, [completion], [problem])[0]
+
+    def grading_job(self, completion: str, problem: Problem) -> dict[str, Any]:
+        """See `capo.tasks.grading.PooledTask`."""
+        return {"kind": "math", "completion": completion, "answer": problem.answer}
 
     def _read(self, path: str, split: str, where: str) -> dict[str, Problem]:
         problems: dict[str, Problem] = {}
