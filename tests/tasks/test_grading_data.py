@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from answer_variants import Item, read, right, wrong
+
 from capo.tasks import MathProblems, Problem, grade_many
 from capo.tasks.pool import GradingPool
 

@@ -28,7 +28,9 @@ def test_gold_is_right_and_wrong_is_not(dataset: str) -> None:
     problems = task.eval_problems(8, 0)
     # countdown's own reference answer leaves room for other ways: its expression is in metadata
     golds = [p.answer for p in problems]
-    gold = grade_many(task, [f"<answer>1</answer> no <answer>{a}</answer>" for a in golds], problems)
+    gold = grade_many(
+        task, [f"<answer>1</answer> no <answer>{a}</answer>" for a in golds], problems
+    )
     assert gold == [1.0] * 8
     for wrong in ("{}", "<answer></answer>", "<answer>x</answer>", "", "<answer>{}"):
         texts = [wrong.format(answer) for answer in golds]
@@ -37,7 +39,9 @@ def test_gold_is_right_and_wrong_is_not(dataset: str) -> None:
 
 def test_parameters_reach_the_dataset() -> None:
     one = load_task("reasoning_gym", dataset="leg_counting", min_animals=1, max_animals=1)
-    assert all(" and " not in p.prompt.split("you have")[1] for p in one.train_problems(5, 0))
+    assert all(
+        "," not in p.prompt.split("you have")[1].split("?")[0] for p in one.train_problems(5, 0)
+    )
     nested = load_task("reasoning_gym", dataset="leg_counting", parameters={"max_animals": 4})
     assert nested == load_task("reasoning_gym", dataset="leg_counting", max_animals=4)
 
@@ -60,9 +64,10 @@ def test_bad_parameters(params: dict[str, object], field: str, says: str) -> Non
 
 
 def test_a_split_that_runs_out_says_how_much_there_is() -> None:
-    task = load_task("reasoning_gym", dataset="leg_counting", max_animals=2, max_instances=2)
-    with pytest.raises(InputError, match="must be at most [0-9]+, the held-out questions found"):
-        task.eval_problems(100_000, 0)
+    few = {"min_animals": 1, "max_animals": 1, "max_instances": 2}
+    task = load_task("reasoning_gym", dataset="leg_counting", **few)
+    with pytest.raises(InputError, match=r"must be at most [0-9]+, the held-out questions found"):
+        task.eval_problems(100, 0)
 
 
 def test_which_datasets_evaluate() -> None:
@@ -80,6 +85,9 @@ def test_which_datasets_evaluate() -> None:
         ("['A', 'B']", True),
         ("0 1\n1 0", True),
         ("5!", True),
+        ("9**9**9", False),
+        ("x**(9*9*9)", False),
+        ("x**-2 + x**(1/2)", True),
         ("__import__('os').system('true')", False),
         ("open('f', 'w')", False),
         ("sin('open(1)')", False),

@@ -47,6 +47,9 @@ class Task(Protocol):
             InputError: ``n`` is not in 1..(number of problems in the split).
         """
 
+    def final_answer(self, completion: str) -> str | None:
+        """Return what the completion answers, such that equal answers are equal texts; or None."""
+
     def grade(self, completion: str, problem: Problem) -> float:
         """Return the reward in [0, 1]: 1.0 iff the final answer is right. Never raises.
 

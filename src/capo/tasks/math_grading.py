@@ -55,6 +55,19 @@ def grade_math(completion: str, answer: str) -> float:
     return float(_equal(tail[-_LAST_WORDS:], answer))
 
 
+def final_answer(completion: str) -> str | None:
+    """The answer stated in ``completion``, written so that equal numbers are equal texts; or None."""
+    tail = completion[-_TAIL:].replace("\x00", " ")
+    stated = stated_answer(tail)
+    if stated is None:
+        phrases = _PHRASE.findall(tail[-_LAST_WORDS - _LONGEST_ANSWER :])
+        if not phrases:
+            return None
+        stated = phrases[-1].strip(" $.*")
+    number = plain_number(stated)
+    return _normalized(unwrapped(stated)) if number is None else str(number)
+
+
 def _same(stated: str, answer: str) -> bool:
     """Whether an answer that stands by itself is the reference: by text, as a number, by algebra."""
     for one, other in ((stated, answer), (unwrapped(stated), unwrapped(answer))):

@@ -129,8 +129,7 @@ class _Worker:
         if process is not None and process.stdin is not None and process.stdout is not None:
             process.returncode = 0  # nothing of ours to wait for
             for stream in (process.stdin, process.stdout):
-                with contextlib.suppress(OSError):
-                    os.close(stream.fileno())  # unflushed bytes are the parent's to send
+                stream.close()  # unbuffered: nothing is sent
 
     def _ask(self, line: bytes) -> str | None:
         """The worker's answer; None if it died before it began."""
@@ -180,7 +179,8 @@ class _Worker:
 
     def _reply(self, seconds: float) -> str | None:
         """The next line; None if the process ends or ``seconds`` pass first."""
-        assert self._process is not None and self._process.stdout is not None
+        assert self._process is not None
+        assert self._process.stdout is not None
         stream, deadline, text = self._process.stdout, time.monotonic() + seconds, b""
         with selectors.DefaultSelector() as selector:
             selector.register(stream, selectors.EVENT_READ)

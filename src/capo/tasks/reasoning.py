@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 from capo.core.errors import InputError
 from capo.tasks.base import Problem
+from capo.tasks.pool import LONGEST
 
 TEMPLATE = (
     "{problem}\nThink step by step, and put the final answer, and nothing else, "
@@ -28,12 +29,14 @@ TEMPLATE = (
 _HELD_OUT_ONE_IN = 5
 _TRIES = 20  # questions generated for one wanted, before the dataset counts as exhausted
 _SIZE = 1 << 20  # virtual: questions are made when they are asked for
+_LARGEST_EXPONENT = 100
 _OURS = ("seed", "size")
 _EVALUATES = re.compile(
     r"\b(eval|exec|parse_expr|sympify|simplify)\(\s*(answer|user|S\b)|parse_expr\("
 )
 _FUNCTIONS = frozenset(
-    "sin cos tan asin acos atan sinh cosh tanh exp log ln sqrt abs Abs Rational".split()
+    ("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh")
+    + ("exp", "log", "ln", "sqrt", "abs", "Abs", "Rational")
 )
 _DATA = (ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Load)
 _FORMULA = (ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.Name, ast.Call)
@@ -106,6 +109,12 @@ class ReasoningGym:
 
         return grade_many(self, [completion], [problem])[0]
 
+    def final_answer(self, completion: str) -> str | None:
+        """What stands between the last ``<answer>`` and its end, white space evened out."""
+        text, end, _ = completion[-LONGEST:].rpartition("</answer>")
+        _, start, answer = text.rpartition("<answer>")
+        return " ".join(answer.split()) if start and end else None
+
     def grading_job(self, completion: str, problem: Problem) -> dict[str, Any]:
         """See `capo.tasks.grading.PooledTask`."""
         *_, seed, index = problem.id.split("/")
@@ -177,13 +186,27 @@ def is_inert(answer: str) -> bool:
         return plain and _FUNCTIONS.issuperset(calls)
     if all(isinstance(node, _DATA) for node in nodes):
         return True
+    powers = [n.right for n in nodes if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Pow)]
     called = [node.func for node in nodes if isinstance(node, ast.Call)]
     return (
         all(isinstance(node, _DATA + _FORMULA) for node in nodes)
         and not any(isinstance(n, ast.Constant) and isinstance(n.value, str | bytes) for n in nodes)
         and not any(isinstance(node, ast.Name) and "__" in node.id for node in nodes)
+        and all(_is_small(exponent) for exponent in powers)
         and all(isinstance(func, ast.Name) and func.id in _FUNCTIONS for func in called)
     )
+
+
+def _is_small(exponent: ast.expr) -> bool:
+    """Whether an exponent is a plain number; no tower of powers is worth a worker."""
+    if isinstance(exponent, ast.UnaryOp):
+        exponent = exponent.operand
+    if isinstance(exponent, ast.BinOp):  # as in x**(1/2)
+        return isinstance(exponent.op, ast.Div) and _is_small(exponent.left)
+    if isinstance(exponent, ast.Name):
+        return True
+    value = exponent.value if isinstance(exponent, ast.Constant) else None
+    return isinstance(value, int | float) and abs(value) <= _LARGEST_EXPONENT
 
 
 def _parameters(dataset: str) -> list[str]:
