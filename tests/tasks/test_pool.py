@@ -139,12 +139,16 @@ def test_a_killed_and_a_stopped_worker_are_replaced() -> None:
     pool.close()
 
 
-def test_workers_end_with_a_killed_parent() -> None:
+@pytest.mark.parametrize("job", ["FINE", "ENDLESS"])
+def test_workers_end_with_a_killed_parent(job: str) -> None:
+    jobs = {"FINE": math("1", "1"), "ENDLESS": gym("(((9**99)**99)**99)**99", "countdown")}
     code = (
-        "import sys, time\n"
+        "import threading, time\n"
         "from capo.tasks.pool import GradingPool\n"
-        "pool = GradingPool(2)\n"
-        "pool.grade([{'kind': 'math', 'completion': '1', 'answer': '1'}] * 50)\n"
+        "pool = GradingPool(2, 2.0)\n"
+        f"pool.grade([{jobs['FINE']}, {gym('1', 'countdown')}] * 8)\n"
+        f"threading.Thread(target=pool.grade, args=([{jobs[job]}] * 2,), daemon=True).start()\n"
+        "time.sleep(0.3)\n"
         "print(*[w._process.pid for w in pool._workers if w._process], flush=True)\n"
         "time.sleep(600)\n"
     )
@@ -155,7 +159,7 @@ def test_workers_end_with_a_killed_parent() -> None:
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    assert all(gone(pid, 20) for pid in workers)
+    assert all(gone(pid, 30) for pid in workers)
 
 
 def test_a_forked_child_has_workers_of_its_own() -> None:

@@ -29,6 +29,7 @@ _ENDLESS = re.compile(r"\\[dt]?(sum|prod|int|lim|binom|choose|exp|Gamma|zeta)(?!
 _SMALL_FACTORIAL = re.compile(r"(?<![0-9])[0-9]{1,3}!(?!!)")
 _FACTORIAL = re.compile(r"[0-9)}\]!]\s*!")  # "Great! It is 7." has none
 _EXPONENT = re.compile(r"[eE]([+-]?[0-9]+)")
+_SUBSCRIPT = re.compile(r"[A-Za-z}]\s*_")
 _PHRASE = re.compile(r"(?i:\banswer\s*(?:is|:|=)\s*:?)([^\n]{1,300})")
 _FINAL_MARK = re.compile(r"####\s*([^\n]+)")
 _SPACING = re.compile(r"\\[,;:! ]|\\left|\\right|\\displaystyle|[\s$]")
@@ -185,14 +186,23 @@ def _as_small(prediction: list[Any], expected: Fraction) -> bool:
 
 
 def _parsed(text: str) -> list[Any]:
-    from math_verify import parse
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     # It would warn that nothing limits the time; the bounds above do.
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    expressions: list[Any] = parse(text, parsing_timeout=None)
+    # What stands in a box is read as a whole or not at all: the parser would else fall back on the
+    # last number in it, and find 2/3 in an expression that it cannot read.
+    targets = [LatexExtractionConfig()]
+    if not text.startswith("\\boxed{"):
+        targets.append(ExprExtractionConfig())
+    expressions: list[Any] = parse(text, targets, parsing_timeout=None)
     return expressions
 
 
 @lru_cache(maxsize=4096)
 def _parsed_reference(answer: str) -> list[Any]:
-    return _parsed(answer)  # one reference is compared with a whole group of completions
+    # Cached: one reference is compared with a whole group of completions.
+    expressions = _parsed(answer)
+    if _SUBSCRIPT.search(answer) and any(getattr(one, "is_number", False) for one in expressions):
+        return []  # a number was read out of a formula that could not be: good for no comparison
+    return expressions

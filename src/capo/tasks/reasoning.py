@@ -35,8 +35,8 @@ _EVALUATES = re.compile(
     r"\b(eval|exec|parse_expr|sympify|simplify)\(\s*(answer|user|S\b)|parse_expr\("
 )
 _FUNCTIONS = frozenset(
-    ("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh")
-    + ("exp", "log", "ln", "sqrt", "abs", "Abs", "Rational")
+    {"sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh"}
+    | {"exp", "log", "ln", "sqrt", "abs", "Abs", "Rational"}
 )
 _DATA = (ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Load)
 _FORMULA = (ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.Name, ast.Call)
