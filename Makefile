@@ -4,6 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
+# Published problems for the grading tests; see docs/grading.md. Without them those tests are skipped.
+export CAPO_DATA_DIR
+
 .PHONY: demo test test-fast lint format clean
 
 # torch 2.13.0 goes first: pip then takes the CPU build and no CUDA package is pulled in.
@@ -11,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[trl,lab,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[trl,lab,tasks,dev]'
 	touch $@
 
 demo: $(STAMP)

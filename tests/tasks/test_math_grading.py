@@ -29,6 +29,12 @@ from capo.tasks.math_grading import grade_math, stated_answer
         ("The final answer is $7$.", "7"),
         ("Great! In sum (as an int, in the lim): the answer is $7$.", "7"),
         (r"\boxed{\text{east}}", r"\text{east}"),
+        (r"\boxed{4.5 \times 10^{33} \text{ erg/s}}", "4.5e33"),
+        (r"\boxed{x = 1 \cdot 10^{-8}}", "1e-8"),
+        (r"\boxed{\textbf{(073)}}", "73"),
+        (r"\boxed{1{,}042}", "1042"),
+        (r"\boxed{0.333333}", r"\frac{1}{3}"),
+        ("The answer is 1,3,5.", "5,3,1"),
         (r"\boxed{3} and then an open \boxed{4", "3"),
         ("9" * 100_000 + r"\boxed{42}", "42"),
         ("\x00 \\boxed{42}\x00", "42"),
@@ -47,6 +53,10 @@ def test_right(completion: str, answer: str) -> None:
         ("", "42"),
         ("I do not know", "42"),
         (r"\boxed{\text{east}}", r"\text{west}"),
+        (r"\boxed{-(\frac{1}{3} E_{1}+\frac{2}{3} E_{2})}", r"\frac{1}{3} E_{1}+\frac{2}{3} E_{2}"),
+        (r"\boxed{2e-8}", "1e-8"),
+        (r"\boxed{\frac{2 \times 10^{-8}}{1}}", "1e-8"),
+        (r"\boxed{1000001}", "1000002"),
         (r"\boxed{42} " + "blah " * 10_000, "42"),  # stated long before the end
     ],
 )

@@ -99,7 +99,7 @@ def test_worked_answer_fits() -> None:
 @pytest.mark.parametrize(
     ("name", "params", "field", "allowed"),
     [
-        ("sudoku", {}, "task", "math, sums"),
+        ("sudoku", {}, "task", "math, reasoning_gym, sums"),
         ("sums", {"biggest": 9}, "biggest", "smallest, largest"),
         ("sums", {"smallest": -1}, "smallest", r"0\.\.999"),
         ("sums", {"smallest": 50, "largest": 20}, "largest", r"50\.\.999"),

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import capo
-from capo.cli import make, results, training
+from capo.cli import evaluation, make, results, training
 from capo.core.errors import InputError
 
 app = typer.Typer(
@@ -38,7 +38,7 @@ def _options(
     """Options of the command itself."""
 
 
-for module in (training, results, make):
+for module in (training, results, evaluation, make):
     module.register(app)
 
 
@@ -50,9 +50,12 @@ def main() -> None:
         typer.echo(f"capo: {error}", err=True)
         sys.exit(2)
     except ModuleNotFoundError as error:
-        extra = {"trl": "trl", "transformers": "trl", "datasets": "trl"}.get(
-            error.name or "", "lab"
-        )
+        extra = {
+            "trl": "trl",
+            "transformers": "trl",
+            "datasets": "trl",
+            "reasoning_gym": "tasks",
+        }.get(error.name or "", "lab")
         if error.name is None or error.name.startswith("capo"):
             raise
         typer.echo(f"capo: {error.name} is missing; pip install 'capo-rl[{extra}]'", err=True)

@@ -1,4 +1,4 @@
-"""``capo compare``, ``capo report`` and ``capo eval``: what came out."""
+"""``capo compare`` and ``capo report``: what came out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from capo.cli.training import AsJson
-from capo.core.errors import InputError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,61 +45,6 @@ def report(
     from capo.lab.report import build_report
 
     typer.echo(str(build_report(runs, output, title=title, target_accuracy=target)))
-
-
-def evaluate(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="embedded:sums, a model directory, or a run."),
-    ],
-    *,
-    task: Annotated[
-        str | None, typer.Option(help="The task [default: the run's, or sums].")
-    ] = None,
-    problems: Annotated[int, typer.Option(help="Held-out problems.", min=1)] = 512,
-    k: Annotated[int, typer.Option(help="Completions per problem, for pass@k.", min=1)] = 1,
-    seed: Annotated[int | None, typer.Option(help="Of problems and sampling.", min=0)] = None,
-    param: Annotated[
-        list[str] | None, typer.Option(help="A parameter of the task, KEY=VALUE.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure a policy's sampled accuracy (temperature 1) and pass@k on held-out problems."""
-    from capo.lab.config import EvalSection, TaskSection
-    from capo.lab.evaluate import evaluate as measure
-    from capo.lab.run import load_configured_task, quiet_libraries, recorded_config
-    from capo.lab.rundir import RunDirectory
-    from capo.lab.sources import parse_override
-
-    quiet_libraries()
-    from capo.policies import load_policy
-
-    section, directory = TaskSection(), RunDirectory(Path(model))
-    if directory.exists:
-        section = recorded_config(model).task
-        if not directory.final.is_dir():
-            raise InputError("MODEL", f"the run in {model!r} has no final policy yet.")
-        model = str(directory.final)
-    name = task or section.name
-    params = dict(section.params) if name == section.name else {}
-    for each in param or []:
-        params |= parse_override(f"params.{each}")["params"]
-    graded = load_configured_task(name, params)
-    seed = EvalSection().seed if seed is None else seed
-    try:
-        held_out = graded.eval_problems(problems, seed)
-    except InputError as error:
-        raise InputError("--problems", error.message) from None
-    result = measure(load_policy(model), graded, held_out, seed=seed, k=k)
-    if as_json:
-        typer.echo(json.dumps({"model": model, "task": name, "seed": seed, **result.to_dict()}))
-        return
-    low, high = result.interval
-    typer.echo(
-        f"sampled accuracy {result.accuracy:.3f} ± {result.stderr:.3f} "
-        f"(95% interval {low:.3f} to {high:.3f}), pass@{k} {result.pass_at_k:.3f}, "
-        f"on {problems} held-out problems of {name!r}"
-    )
 
 
 def summarise_runs(runs: list[Path], target: float) -> list[Summary]:
@@ -187,4 +131,3 @@ def register(app: typer.Typer) -> None:
     """Add these commands to ``app``."""
     app.command()(compare)
     app.command()(report)
-    app.command(name="eval")(evaluate)

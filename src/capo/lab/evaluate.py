@@ -60,6 +60,7 @@ def evaluate(
         InputError: no problem, or ``k`` below 1.
     """
     from capo.policies import sample_completions
+    from capo.tasks import grade_many
 
     if not problems:
         raise InputError("problems", "must not be empty.")
@@ -75,10 +76,13 @@ def evaluate(
         seed,
         batch_size=batch_size,
     )
-    shares = [
-        sum(task.grade(text, problem) for text in texts) / k
-        for texts, problem in zip(completions, problems, strict=True)
-    ]
+    rewards = grade_many(
+        task,
+        [text for texts in completions for text in texts],
+        [problem for problem in problems for _ in range(k)],
+    )
+    # partial credit is no right answer
+    shares = [sum(r == 1 for r in rewards[i : i + k]) / k for i in range(0, len(rewards), k)]
     n = len(shares)
     accuracy = sum(shares) / n
     stderr = math.sqrt(sum((share - accuracy) ** 2 for share in shares)) / n

@@ -318,15 +318,13 @@ def make_trainer(
 
 def accuracy_reward(task: Task) -> Callable[..., list[float]]:
     """The task's grader as a reward function of TRL."""
-    from capo.tasks import Problem
+    from capo.tasks import Problem, grade_many
 
     def accuracy(
         prompts: list[str], completions: list[str], answer: list[str], id: list[str], **_: Any
     ) -> list[float]:
-        return [
-            task.grade(completion, Problem(*columns))
-            for completion, *columns in zip(completions, prompts, answer, id, strict=True)
-        ]
+        problems = [Problem(*columns) for columns in zip(prompts, answer, id, strict=True)]
+        return grade_many(task, completions, problems)
 
     return accuracy
 

@@ -8,6 +8,7 @@ from capo.core.errors import InputError
 from capo.policies.loading import Policy
 from capo.policies.sampling import sample_completions
 from capo.tasks.base import Task
+from capo.tasks.grading import grade_many
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,10 @@ def measure(policy: Policy, task: Task, *, problems: int, k: int, seed: int) -> 
     length = task.max_completion_tokens
     sampled = sample_completions(policy, prompts, k, 1.0, length, seed)
     greedy = sample_completions(policy, prompts, 1, 0.0, length, seed)
-    right = [
-        sum(task.grade(text, problem) for text in texts)
-        for problem, texts in zip(held_out, sampled, strict=True)
-    ]
-    greedily = [task.grade(text, problem) for problem, [text] in zip(held_out, greedy, strict=True)]
+    every = [text for texts in sampled for text in texts]
+    rewards = grade_many(task, every, [problem for problem in held_out for _ in range(k)])
+    right = [sum(r == 1 for r in rewards[i : i + k]) for i in range(0, len(rewards), k)]
+    greedily = [r == 1 for r in grade_many(task, [text for [text] in greedy], held_out)]
     return Measured(
         problems=problems,
         k=k,

@@ -47,5 +47,11 @@ class Task(Protocol):
             InputError: ``n`` is not in 1..(number of problems in the split).
         """
 
+    def final_answer(self, completion: str) -> str | None:
+        """Return what the completion answers, such that equal answers are equal texts; or None."""
+
     def grade(self, completion: str, problem: Problem) -> float:
-        """Return 1.0 if the completion's final answer is right, else 0.0. Never raises."""
+        """Return the reward in [0, 1]: 1.0 iff the final answer is right. Never raises.
+
+        Only a task that says so gives partial credit, below 1.
+        """

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from capo.core.errors import InputError
 from capo.tasks.base import Problem
-from capo.tasks.math_grading import grade_math, stated_answer
+from capo.tasks.math_grading import final_answer, stated_answer
 
 _HELD_OUT_ONE_IN = 10
 _QUESTION_FIELDS = ("problem", "question")
@@ -33,6 +33,7 @@ class MathProblems:
         eval_path: where the held-out problems are; by default a tenth of ``path``, chosen by a hash
             of the problem. Problems found there are never trained on.
         eval_split: of the dataset, to hold out; with no ``eval_path``, of ``path`` itself.
+        config: of the dataset, where it has several.
         template: the prompt; ``{problem}`` stands for the problem.
         max_completion_tokens: tokens a completion may take.
 
@@ -45,6 +46,7 @@ class MathProblems:
     split: str = "train"
     eval_path: str | None = None
     eval_split: str | None = None
+    config: str | None = None
     template: str = TEMPLATE
     max_completion_tokens: int = 1024
     _train: list[Problem] = field(init=False, repr=False, compare=False)
@@ -77,12 +79,27 @@ class MathProblems:
         return _sample(self._eval, n, f"held-out {seed}")
 
     def grade(self, completion: str, problem: Problem) -> float:
-        """See `capo.tasks.math_grading.grade_math`."""
-        return grade_math(completion, problem.answer)
+        """See `capo.tasks.math_grading.grade_math`; runs in a process of bounded time."""
+        from capo.tasks.grading import grade_many
+
+        return grade_many(self, [completion], [problem])[0]
+
+    def final_answer(self, completion: str) -> str | None:
+        """See `capo.tasks.math_grading.final_answer`."""
+        return final_answer(completion)
+
+    @property
+    def eval_size(self) -> int:
+        """Held-out problems in all."""
+        return len(self._eval)
+
+    def grading_job(self, completion: str, problem: Problem) -> dict[str, Any]:
+        """See `capo.tasks.grading.PooledTask`."""
+        return {"kind": "math", "completion": completion, "answer": problem.answer}
 
     def _read(self, path: str, split: str, where: str) -> dict[str, Problem]:
         problems: dict[str, Problem] = {}
-        for number, row in enumerate(_rows(path, split, where), start=1):
+        for number, row in enumerate(_rows(path, split, where, self.config), start=1):
             question, answer = _question(row), _answer(row)
             if question is None or answer is None:
                 lacking = _QUESTION_FIELDS if question is None else _ANSWER_FIELDS
@@ -97,7 +114,7 @@ class MathProblems:
         return problems
 
 
-def _rows(path: str, split: str, where: str) -> Iterator[dict[str, Any]]:
+def _rows(path: str, split: str, where: str, config: str | None) -> Iterator[dict[str, Any]]:
     file = Path(path).expanduser()
     if file.is_file():
         yield from _json_lines(file, where)
@@ -107,7 +124,7 @@ def _rows(path: str, split: str, where: str) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
 
     try:
-        rows: Iterable[dict[str, Any]] = load_dataset(str(path), split=split)
+        rows: Iterable[dict[str, Any]] = load_dataset(str(path), config, split=split)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise InputError(

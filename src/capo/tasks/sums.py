@@ -67,9 +67,13 @@ class Sums:
 
     def grade(self, completion: str, problem: Problem) -> float:
         """1.0 iff the text after the last ``=`` is the sum and nothing else."""
+        return float(self.final_answer(completion) == problem.answer)
+
+    def final_answer(self, completion: str) -> str | None:
+        """The text after the last ``=``, if it is a number."""
         _, sign, final = completion[-64:].rpartition("=")
         number = _FINAL_NUMBER.fullmatch(final.strip(" \n"))
-        return float(bool(sign) and number is not None and number[1] == problem.answer)
+        return number[1] if sign and number is not None else None
 
     def _sample(self, n: int, seed: int, *, held_out: bool) -> list[Problem]:
         split = "held-out" if held_out else "train"

@@ -1,0 +1,155 @@
+"""``capo eval``: how good a policy is, on one task or on a suite of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from capo.cli.training import AsJson, Quiet
+from capo.core.errors import InputError
+
+if TYPE_CHECKING:
+    from capo.lab.config import TaskSection
+
+
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="embedded:sums, a model directory, or a run."),
+    ],
+    *,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of a task: embedded, math, reasoning-gym, paper, or a TOML file."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Of a suite: a directory for its report.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="The task [default: the run's, or sums].")
+    ] = None,
+    problems: Annotated[
+        int | None, typer.Option(help="Held-out problems [default: 512].", min=1)
+    ] = None,
+    k: Annotated[
+        int | None, typer.Option(help="Completions per problem, for pass@k [default: 1].", min=1)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of problems and sampling.", min=0)] = None,
+    param: Annotated[
+        list[str] | None, typer.Option(help="A parameter of the task, KEY=VALUE.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a policy's sampled accuracy and pass@k on held-out problems, or on a suite of tasks."""
+    if suite is None:
+        if output is not None:
+            raise InputError("--output", "is for the report of a --suite; give that as well.")
+        _evaluate_task(model, task, problems or 512, k or 1, seed, param or [], as_json=as_json)
+        return
+    single = {"--task": task, "--problems": problems, "--k": k, "--seed": seed, "--param": param}
+    for option, value in single.items():
+        if value is not None:
+            raise InputError(option, "is what the suite says; leave it out beside --suite.")
+    _evaluate_suite(model, suite, output, quiet=quiet, as_json=as_json)
+
+
+def _evaluate_task(
+    model: str,
+    task: str | None,
+    problems: int,
+    k: int,
+    seed: int | None,
+    param: list[str],
+    *,
+    as_json: bool,
+) -> None:
+    from capo.lab.config import EvalSection
+    from capo.lab.evaluate import evaluate as measure
+    from capo.lab.run import load_configured_task, quiet_libraries
+    from capo.lab.sources import parse_override
+
+    quiet_libraries()
+    from capo.policies import load_policy
+
+    model, section = _policy_of(model)
+    name = task or section.name
+    params = dict(section.params) if name == section.name else {}
+    for each in param:
+        params |= parse_override(f"params.{each}")["params"]
+    graded = load_configured_task(name, params)
+    seed = EvalSection().seed if seed is None else seed
+    try:
+        held_out = graded.eval_problems(problems, seed)
+    except InputError as error:
+        raise InputError("--problems", error.message) from None
+    result = measure(load_policy(model), graded, held_out, seed=seed, k=k)
+    if as_json:
+        typer.echo(json.dumps({"model": model, "task": name, "seed": seed, **result.to_dict()}))
+        return
+    low, high = result.interval
+    typer.echo(
+        f"sampled accuracy {result.accuracy:.3f} ± {result.stderr:.3f} "
+        f"(95% interval {low:.3f} to {high:.3f}), pass@{k} {result.pass_at_k:.3f}, "
+        f"on {problems} held-out problems of {name!r}"
+    )
+
+
+def _evaluate_suite(
+    model: str, suite: str, output: Path | None, *, quiet: bool, as_json: bool
+) -> None:
+    from capo.lab.run import quiet_libraries
+    from capo.lab.suite_report import HEAD, document_of, rows_of, write_report
+    from capo.lab.suite_run import run_suite
+    from capo.lab.suites import load_suite
+
+    if output is not None and output.is_file():
+        raise InputError("--output", f"{str(output)!r} is a file; give a directory.")
+    quiet_libraries()
+    from capo.policies import load_policy
+
+    directory, _ = _policy_of(model)
+    entries = load_suite(suite)  # before the model: data that is missing is news at once
+    silent = quiet or as_json
+    outcomes = run_suite(
+        load_policy(directory), entries, lambda text: None if silent else typer.echo(text, err=True)
+    )
+    if output is not None:
+        write_report(output, model, suite, outcomes)
+    if as_json:
+        typer.echo(json.dumps(document_of(model, suite, outcomes)))
+        return
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*HEAD, box=SIMPLE, padding=(0, 1))
+    for row in rows_of(outcomes):
+        table.add_row(*row)
+    Console().print(table)
+    if output is not None:
+        typer.echo(f"report: {output / 'report.md'}")
+
+
+def _policy_of(model: str) -> tuple[str, TaskSection]:
+    """What to load, and the task it was trained on: of a run, its final policy."""
+    from capo.lab.config import TaskSection
+    from capo.lab.run import recorded_config
+    from capo.lab.rundir import RunDirectory
+
+    directory = RunDirectory(Path(model))
+    if not directory.exists:
+        return model, TaskSection()
+    if not directory.final.is_dir():
+        raise InputError("MODEL", f"the run in {model!r} has no final policy yet.")
+    return str(directory.final), recorded_config(model).task
+
+
+def register(app: typer.Typer) -> None:
+    """Add this command to ``app``."""
+    app.command(name="eval")(evaluate)

@@ -1,0 +1,1 @@
+"""The evaluation suites that ship with the package, as TOML."""

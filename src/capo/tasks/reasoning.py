@@ -1,0 +1,246 @@
+"""The procedural datasets of reasoning-gym, graded by their own ``score_answer``.
+
+Source: https://github.com/open-thought/reasoning-gym. Each dataset makes a question from a seed and
+an index, and scores what a completion says between ``<answer>`` and ``</answer>``.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, ClassVar
+
+from capo.core.errors import InputError
+from capo.tasks.base import Problem
+from capo.tasks.pool import LONGEST
+
+TEMPLATE = (
+    "{problem}\nThink step by step, and put the final answer, and nothing else, "
+    "between <answer> and </answer>.\n"
+)
+_HELD_OUT_ONE_IN = 5
+_TRIES = 20  # questions generated for one wanted, before the dataset counts as exhausted
+_SIZE = 1 << 20  # virtual: questions are made when they are asked for
+_LARGEST_EXPONENT = 100
+_OURS = ("seed", "size")
+_EVALUATES = re.compile(
+    r"\b(eval|exec|parse_expr|sympify|simplify)\(\s*(answer|user|S\b)|parse_expr\("
+)
+_FUNCTIONS = frozenset(
+    {"sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh"}
+    | {"exp", "log", "ln", "sqrt", "abs", "Abs", "Rational"}
+)
+_DATA = (ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Load)
+_FORMULA = (ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.Name, ast.Call)
+
+
+@dataclass(frozen=True)
+class ReasoningGym:
+    """One dataset of reasoning-gym.
+
+    Whether a question is held out is decided by a hash of the question, one in five being so:
+    whatever the seeds, no question is both trained on and evaluated on, and none occurs twice in a
+    draw. An answer is right iff its score is 1; in between there is partial credit, which is the
+    dataset's own affair, and a reward in training all the same.
+
+    Args:
+        dataset: its name in reasoning-gym, as in ``leg_counting``.
+        parameters: of the dataset's configuration; ``seed`` and ``size`` are the draw's.
+        template: the prompt; ``{problem}`` stands for the question.
+        max_completion_tokens: tokens a completion may take.
+
+    Raises:
+        InputError: an unknown dataset or parameter, a value that the dataset refuses, or a template
+            without ``{problem}``.
+    """
+
+    dataset: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    template: str = TEMPLATE
+    max_completion_tokens: int = 1024
+
+    name: ClassVar[str] = "reasoning_gym"
+
+    def __post_init__(self) -> None:
+        """Check the parameters by making the dataset once."""
+        if "{problem}" not in self.template:
+            raise InputError("template", "must contain {problem}.")
+        if self.max_completion_tokens < 1:
+            raise InputError("max_completion_tokens", "must be at least 1.")
+        known = _parameters(self.dataset)
+        for name in self.parameters:
+            if name in _OURS:
+                raise InputError(name, "follows from the run's seed; leave it out.")
+            if name not in known:
+                raise InputError(
+                    name, f"is not a parameter of dataset {self.dataset!r}{_near(name, known)}"
+                )
+        try:
+            _entry(self.dataset, self._key, 0, 0)
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(
+                "parameters", f"dataset {self.dataset!r} refuses {self.parameters}: {reason}."
+            ) from error
+
+    @property
+    def _key(self) -> str:
+        return json.dumps(self.parameters, sort_keys=True)
+
+    def train_problems(self, n: int, seed: int) -> list[Problem]:
+        """See `capo.tasks.base.Task.train_problems`."""
+        return self._draw(n, seed, held_out=False)
+
+    def eval_problems(self, n: int, seed: int) -> list[Problem]:
+        """See `capo.tasks.base.Task.eval_problems`."""
+        return self._draw(n, seed, held_out=True)
+
+    def grade(self, completion: str, problem: Problem) -> float:
+        """The dataset's score of the completion's answer, in [0, 1]; 1 is right. Never raises."""
+        from capo.tasks.grading import grade_many
+
+        return grade_many(self, [completion], [problem])[0]
+
+    def final_answer(self, completion: str) -> str | None:
+        """What stands between the last ``<answer>`` and its end, white space evened out."""
+        text, end, _ = completion[-LONGEST:].rpartition("</answer>")
+        _, start, answer = text.rpartition("<answer>")
+        return " ".join(answer.split()) if start and end else None
+
+    def grading_job(self, completion: str, problem: Problem) -> dict[str, Any]:
+        """See `capo.tasks.grading.PooledTask`."""
+        *_, seed, index = problem.id.split("/")
+        return {
+            "kind": "reasoning_gym",
+            "completion": completion,
+            "entry": [self.dataset, self._key, int(seed), int(index)],
+        }
+
+    def _draw(self, n: int, seed: int, *, held_out: bool) -> list[Problem]:
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise InputError("n", f"must be an integer of at least 1, got {n!r}.")
+        split = "held-out" if held_out else "train"
+        digest = hashlib.sha256(f"{self.dataset} {split} {seed}".encode()).digest()
+        start = int.from_bytes(digest[:4], "big")
+        found: dict[str, Problem] = {}
+        for index in range(min(_SIZE, _TRIES * _HELD_OUT_ONE_IN * n + 1000)):
+            question, answer = self._question(start, index)
+            if _is_held_out(question) == held_out and question not in found:
+                prompt = self.template.replace("{problem}", question)
+                place = f"reasoning_gym/{self.dataset}/{start}/{index}"
+                found[question] = Problem(prompt=prompt, answer=answer, id=place)
+                if len(found) == n:
+                    return list(found.values())
+        raise InputError(
+            "n", f"must be at most {len(found)}, the {split} questions found, got {n}."
+        )
+
+    def _question(self, seed: int, index: int) -> tuple[str, str]:
+        entry = _dataset(self.dataset, self._key, seed)[index]
+        return str(entry["question"]), str(entry["answer"])
+
+
+def prepare_grading() -> None:
+    """See `capo.tasks.worker.Grader`."""
+    import reasoning_gym  # noqa: F401
+
+
+def grade_job(payload: dict[str, Any]) -> float:
+    """See `capo.tasks.worker.Grader`."""
+    from reasoning_gym.utils import extract_answer
+
+    name, key, seed, index = payload["entry"]
+    answer = extract_answer(payload["completion"])
+    if answer is None or (evaluates_answers(name) and not is_inert(answer)):
+        return 0.0
+    return float(_dataset(name, key, seed).score_answer(answer, _entry(name, key, seed, index)))
+
+
+@lru_cache
+def evaluates_answers(dataset: str) -> bool:
+    """Whether the dataset's source evaluates what a completion says, as Python or through sympy."""
+    from reasoning_gym.factory import DATASETS
+
+    return bool(_EVALUATES.search(inspect.getsource(sys.modules[DATASETS[dataset][0].__module__])))
+
+
+def is_inert(answer: str) -> bool:
+    """Whether evaluating ``answer`` could do nothing but arithmetic.
+
+    Allowed are literals, lists of them, and formulas of numbers, names and a few functions; text
+    that is no Python expression may not call anything either, for sympy rewrites some of it first.
+    """
+    try:
+        nodes = list(ast.walk(ast.parse(answer.strip(), mode="eval")))
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        calls = re.findall(r"([^\W\d]\w*)\s*\(", answer)
+        plain = not re.search(r"__|\.\s*[^\W\d]|[\"'`@\\:=]", answer)
+        return plain and _FUNCTIONS.issuperset(calls)
+    if all(isinstance(node, _DATA) for node in nodes):
+        return True
+    powers = [n.right for n in nodes if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Pow)]
+    called = [node.func for node in nodes if isinstance(node, ast.Call)]
+    return (
+        all(isinstance(node, _DATA + _FORMULA) for node in nodes)
+        and not any(isinstance(n, ast.Constant) and isinstance(n.value, str | bytes) for n in nodes)
+        and not any(isinstance(node, ast.Name) and "__" in node.id for node in nodes)
+        and all(_is_small(exponent) for exponent in powers)
+        and all(isinstance(func, ast.Name) and func.id in _FUNCTIONS for func in called)
+    )
+
+
+def _is_small(exponent: ast.expr) -> bool:
+    """Whether an exponent is a plain number; no tower of powers is worth a worker."""
+    if isinstance(exponent, ast.UnaryOp):
+        exponent = exponent.operand
+    if isinstance(exponent, ast.BinOp):  # as in x**(1/2)
+        return isinstance(exponent.op, ast.Div) and _is_small(exponent.left)
+    if isinstance(exponent, ast.Name):
+        return True
+    value = exponent.value if isinstance(exponent, ast.Constant) else None
+    return isinstance(value, int | float) and abs(value) <= _LARGEST_EXPONENT
+
+
+def _parameters(dataset: str) -> list[str]:
+    from reasoning_gym.factory import DATASETS
+
+    if dataset not in DATASETS:
+        raise InputError(
+            "dataset", f"{dataset!r} is no dataset of reasoning-gym{_near(dataset, list(DATASETS))}"
+        )
+    fields = dataclasses.fields(DATASETS[dataset][1])
+    return [one.name for one in fields if one.init and one.name not in _OURS]
+
+
+def _near(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    return f"; allowed: {', '.join(known[:20])}{', …' if len(known) > 20 else ''}."
+
+
+@lru_cache(maxsize=64)
+def _dataset(name: str, key: str, seed: int) -> Any:
+    from reasoning_gym.factory import create_dataset
+
+    parameters = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(key).items()}
+    return create_dataset(name, seed=seed, size=_SIZE, **parameters)
+
+
+@lru_cache(maxsize=4096)
+def _entry(name: str, key: str, seed: int, index: int) -> dict[str, Any]:
+    entry: dict[str, Any] = _dataset(name, key, seed)[index]
+    return entry
+
+
+def _is_held_out(question: str) -> bool:
+    digest = hashlib.sha256(" ".join(question.split()).encode()).digest()
+    return int.from_bytes(digest[:8], "big") % _HELD_OUT_ONE_IN == 0

@@ -1,0 +1,103 @@
+"""Datasets of reasoning-gym as tasks: disjoint splits, their own scores, errors with a hint."""
+
+from __future__ import annotations
+
+import pytest
+
+from capo import InputError
+from capo.tasks import Task, grade_many, load_task
+from capo.tasks.reasoning import evaluates_answers, is_inert
+
+
+def test_splits_are_disjoint_and_deterministic() -> None:
+    task = load_task("reasoning_gym", dataset="leg_counting", min_animals=1, max_animals=2)
+    assert isinstance(task, Task)
+    train, held_out = task.train_problems(60, 0), task.eval_problems(60, 0)
+    assert train == task.train_problems(60, 0) != task.train_problems(60, 1)
+    questions = {p.prompt for p in train}
+    assert len(questions) == 60
+    for seed in range(5):  # whatever the seeds
+        assert not questions & {p.prompt for p in task.eval_problems(60, seed)}
+    assert len({p.prompt for p in held_out}) == 60
+    assert "<answer>" in train[0].prompt
+
+
+@pytest.mark.parametrize("dataset", ["leg_counting", "countdown", "spell_backward", "maze"])
+def test_gold_is_right_and_wrong_is_not(dataset: str) -> None:
+    task = load_task("reasoning_gym", dataset=dataset)
+    problems = task.eval_problems(8, 0)
+    # countdown's own reference answer leaves room for other ways: its expression is in metadata
+    golds = [p.answer for p in problems]
+    gold = grade_many(
+        task, [f"<answer>1</answer> no <answer>{a}</answer>" for a in golds], problems
+    )
+    assert gold == [1.0] * 8
+    for wrong in ("{}", "<answer></answer>", "<answer>x</answer>", "", "<answer>{}"):
+        texts = [wrong.format(answer) for answer in golds]
+        assert all(0 <= r < 1 for r in grade_many(task, texts, problems))
+
+
+def test_parameters_reach_the_dataset() -> None:
+    one = load_task("reasoning_gym", dataset="leg_counting", min_animals=1, max_animals=1)
+    assert all(
+        "," not in p.prompt.split("you have")[1].split("?")[0] for p in one.train_problems(5, 0)
+    )
+    nested = load_task("reasoning_gym", dataset="leg_counting", parameters={"max_animals": 4})
+    assert nested == load_task("reasoning_gym", dataset="leg_counting", max_animals=4)
+
+
+@pytest.mark.parametrize(
+    ("params", "field", "says"),
+    [
+        ({}, "dataset", "is required"),
+        ({"dataset": "leg_countin"}, "dataset", "did you mean leg_counting"),
+        ({"dataset": "leg_counting", "max_animal": 3}, "max_animal", "did you mean max_animals"),
+        ({"dataset": "leg_counting", "seed": 3}, "seed", "leave it out"),
+        ({"dataset": "leg_counting", "max_animals": -3}, "parameters", "refuses"),
+        ({"dataset": "leg_counting", "template": "x"}, "template", "must contain"),
+    ],
+)
+def test_bad_parameters(params: dict[str, object], field: str, says: str) -> None:
+    with pytest.raises(InputError, match=says) as error:
+        load_task("reasoning_gym", **params)
+    assert error.value.field == field
+
+
+def test_a_split_that_runs_out_says_how_much_there_is() -> None:
+    few = {"min_animals": 1, "max_animals": 1, "max_instances": 2}
+    task = load_task("reasoning_gym", dataset="leg_counting", **few)
+    with pytest.raises(InputError, match=r"must be at most [0-9]+, the held-out questions found"):
+        task.eval_problems(100, 0)
+
+
+def test_which_datasets_evaluate() -> None:
+    evaluating = ("countdown", "puzzle24", "binary_matrix", "n_queens", "simple_integration")
+    assert all(evaluates_answers(name) for name in evaluating)
+    assert not evaluates_answers("leg_counting")
+
+
+@pytest.mark.parametrize(
+    ("answer", "inert"),
+    [
+        ("(3 + 4) * 5 - 2**3", True),
+        ("x**2/2 - sin(x) + C", True),
+        ("[[0, 1], [1, 0]]", True),
+        ("['A', 'B']", True),
+        ("0 1\n1 0", True),
+        ("5!", True),
+        ("9**9**9", False),
+        ("x**(9*9*9)", False),
+        ("x**-2 + x**(1/2)", True),
+        ("__import__('os').system('true')", False),
+        ("open('f', 'w')", False),
+        ("sin('open(1)')", False),
+        ("(1).real", False),
+        ("[x for x in range(3)]", False),
+        ("lambda: 1", False),
+        ("open(1)!", False),
+        ("x.y z", False),
+        ("(" * 100_000, True),
+    ],
+)
+def test_inert(answer: str, inert: bool) -> None:
+    assert is_inert(answer) is inert
