@@ -15,6 +15,7 @@ StopAt = Literal["never", "target", "collapse", "target or collapse"]
 
 LEARNING_RATE = "training.learning_rate"
 BATCH = "training.completions_per_step"
+GROUP = "training.num_generations"
 ITERATIONS = "algorithm.num_iterations"
 SCHEDULE = "schedule"  # two keys at once: the shape and its warm-up
 SCHEDULES: dict[str, tuple[str, float]] = {"constant": ("constant", 0.0), "cosine": ("cosine", 0.1)}
@@ -127,7 +128,7 @@ def micro_batch(batch: int) -> int:
 
 def slug(settings: Mapping[str, Any]) -> str:
     """A folder's name for settings, readable: ``lr1e-04-b96-i1-cosine``."""
-    short = {LEARNING_RATE: "lr", BATCH: "b", ITERATIONS: "i", SCHEDULE: ""}
+    short = {LEARNING_RATE: "lr", BATCH: "b", GROUP: "g", ITERATIONS: "i", SCHEDULE: ""}
     parts = []
     for key, value in settings.items():
         name = short.get(key, key.rpartition(".")[2].replace("_", "-") + "=")

@@ -19,7 +19,7 @@ from capo.lab.study.goals import (
     final_median,
     survived_text,
 )
-from capo.lab.study.jobs import BATCH, ITERATIONS, LEARNING_RATE, SCHEDULE, rate
+from capo.lab.study.jobs import BATCH, GROUP, ITERATIONS, LEARNING_RATE, SCHEDULE, rate
 from capo.lab.study.outcome import ArmResult, Outcome
 from capo.lab.study.stages import Narrowing, StudyResult
 from capo.lab.study.statistics import Estimate, Value
@@ -290,7 +290,13 @@ def _settings(result: ArmResult) -> str:
 
 
 def _words(settings: dict[str, Any]) -> str:
-    short = {LEARNING_RATE: "lr", BATCH: "batch", ITERATIONS: "iterations", SCHEDULE: "schedule"}
+    short = {
+        LEARNING_RATE: "lr",
+        BATCH: "batch",
+        GROUP: "group",
+        ITERATIONS: "iterations",
+        SCHEDULE: "schedule",
+    }
     return ", ".join(f"{short.get(key, key)} {_cell(value)}" for key, value in settings.items())
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from capo.lab.study.jobs import BATCH, ITERATIONS, LEARNING_RATE, SCHEDULE, Arm, Job, slug
+from capo.lab.study.jobs import BATCH, GROUP, ITERATIONS, LEARNING_RATE, SCHEDULE, Arm, Job, slug
 from capo.lab.study.outcome import ArmResult, Outcome
 from capo.lab.study.plan import Family, Plan, Variant
 
@@ -279,7 +279,7 @@ class RuleResult:
 
 def rule_of(plan: Plan, family: Family, grpo: Mapping[str, Any]) -> Stage[RuleResult]:
     """Narrow a rule down from GRPO's best settings; then climb the learning rates with it."""
-    start = {key: grpo[key] for key in (BATCH, ITERATIONS, SCHEDULE) if key in grpo}
+    start = {key: grpo[key] for key in (BATCH, GROUP, ITERATIONS, SCHEDULE) if key in grpo}
     narrowing = yield from narrow(plan, family, start)
     climb = yield from range_of(
         plan, family.name, family.label, plan.plain, narrowing.own, rule=True
