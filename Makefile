@@ -7,14 +7,14 @@ STAMP  := $(VENV)/.installed
 # Published problems for the grading tests; see docs/grading.md. Without them those tests are skipped.
 export CAPO_DATA_DIR
 
-.PHONY: demo test test-fast lint format clean
+.PHONY: demo test test-fast lint docs docs-serve format clean
 
 # torch 2.13.0 goes first: pip then takes the CPU build and no CUDA package is pulled in.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[trl,lab,tasks,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[trl,lab,tasks,docs,dev]'
 	touch $@
 
 demo: $(STAMP)
@@ -25,6 +25,13 @@ test: $(STAMP) lint
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+# The site, in build/site; any warning is an error. The variable silences the theme's advertisement.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

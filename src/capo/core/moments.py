@@ -88,14 +88,14 @@ class LastLayerMoments:
     ) -> None:
         """Add the loss gradient ``−Σ_i scale · weight_i · A_i (D w_i) h_iᵀ / T``.
 
+        The arguments that are not listed are those of :func:`token_curvature`.
+
         Args:
             weights: accepted share of each token in [0, 1] (None: all accepted).
             scale: the loss normalisation, a number or per token (for GRPO ``1/(B · T_i)``).
             top_k: only the K judged rows (π renormalised over them), as :func:`token_curvature` does;
                 None is the exact gradient of the last layer.
             support: ``curvature.support`` of the same tokens: spares the logits (``top_k`` only).
-            hidden, head_weight, token_ids, advantages, coefficients, temperature, logit_scale,
-                logit_softcap, head_bias, mask: as for :func:`token_curvature`.
         """
         shape = token_ids.shape
         chosen = check_mask(mask, token_ids)
