@@ -57,14 +57,14 @@ def title(directory: Path) -> str:
 
 
 def record_lists(document: Any, name: str) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Every list of flat records in a JSON document, named by its key."""
+    """Every list of records in a JSON document, named by its key; what is nested in a record is left out."""
     if isinstance(document, list):
-        flat = bool(document) and all(
-            isinstance(row, dict)
-            and all(value is None or isinstance(value, str | int | float) for value in row.values())
+        rows = [
+            {key: value for key, value in row.items() if not isinstance(value, list | dict)}
             for row in document
-        )
-        return [(name, document)] if flat else []
+            if isinstance(row, dict)
+        ]
+        return [(name, rows)] if rows and len(rows) == len(document) and rows[0] else []
     if isinstance(document, dict):
         return [found for key, value in document.items() for found in record_lists(value, key)]
     return []

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from doc_blocks import ROOT
 from pydantic import BaseModel
-from run_kit import tiny
 
 import capo
 from capo.core.selection import Reason
@@ -18,6 +17,7 @@ from capo.lab.config import Config
 from capo.lab.run import train
 from capo.lab.rundir import RunDirectory
 from capo.lab.sources import load_config, preset_names
+from run_kit import tiny
 
 GLOSSARY = (ROOT / "docs" / "metrics.md").read_text()
 PAPER = (ROOT / "docs" / "paper.md").read_text()
