@@ -71,14 +71,14 @@ def record_lists(document: Any, name: str) -> list[tuple[str, list[dict[str, Any
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    columns = list(rows[0])
-    if len(rows) > MOST_ROWS or any(list(row) != columns for row in rows):
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    if len(rows) > MOST_ROWS:
         return ""
     if len(columns) > MOST_COLUMNS:  # upright: a column a record
-        head, *body = [[_words(key), *(_figure(row[key]) for row in rows)] for key in columns]
+        head, *body = [[_words(key), *(_figure(row.get(key)) for row in rows)] for key in columns]
     else:
         head = [_words(key) for key in columns]
-        body = [[_figure(row[key]) for key in columns] for row in rows]
+        body = [[_figure(row.get(key)) for key in columns] for row in rows]
     lines = [head, ["---"] * len(head), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
