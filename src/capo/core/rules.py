@@ -20,6 +20,7 @@ from capo.core.selection import (
     check_policy_threshold,
     make_selection,
 )
+from capo.core.token_rules import TOKEN_RULES, TokenRule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -189,22 +190,24 @@ class NatsThreshold:
         return make_selection(weights, reason, mask, self.denominator, reasons, met=True)
 
 
-RULES: dict[str, type[Thresholds | SoftThresholds | QuantileThresholds | NatsThreshold]] = {
+RULES: dict[str, type[Any]] = {
     "thresholds": Thresholds,
     "soft": SoftThresholds,
     "quantile": QuantileThresholds,
     "nats": NatsThreshold,
+    **TOKEN_RULES,
 }
 """Rules that a configuration can name (a :class:`capo.Budget` needs the batch's own interaction)."""
 
 
-def make_rule(selection: str | Mapping[str, Any] | None) -> Rule | None:
+def make_rule(selection: str | Mapping[str, Any] | None) -> Rule | TokenRule | None:
     """The rule that a configuration stands for.
 
     Args:
         selection: a preset of the paper (``"capo"``, ``"dr_capo"``, ``"reincapo"``), or a mapping with
-            ``rule`` (``"thresholds"``, the default, ``"soft"``, ``"quantile"`` or ``"nats"``) and that
-            rule's arguments; or None, no selection.
+            ``rule`` (``"thresholds"``, the default, ``"soft"``, ``"quantile"``, ``"nats"``, or a token
+            rule of others, see `capo.core.token_rules`) and that rule's arguments; or None, no
+            selection.
 
     Raises:
         InputError: names ``selection`` or the argument within it.
@@ -240,7 +243,8 @@ def make_rule(selection: str | Mapping[str, Any] | None) -> Rule | None:
     if name == "nats" and "budget" not in arguments:
         raise InputError("selection.budget", "must be given: mean policy shift per token in nats.")
     try:
-        return RULES[name](**arguments)
+        rule: Rule | TokenRule = RULES[name](**arguments)
+        return rule
     except InputError as error:
         raise InputError(f"selection.{error.field}", error.message) from None
 

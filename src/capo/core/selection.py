@@ -36,6 +36,7 @@ class Reason(enum.IntEnum):
     OBJECTIVE_LOW = 2  # m_H < δ_H
     OBJECTIVE_HIGH = 3  # m_H > δ_H^high
     BUDGET = 4  # removed so that the batch stays within its bound
+    RULE = 5  # by a rule that is not about shifts
 
     @property
     def label(self) -> str:
@@ -48,12 +49,14 @@ class Selection:
     """Weights of the tokens in the update.
 
     Args:
-        weights: ``[...]`` in [0, 1], 0 where masked.
+        weights: ``[...]`` in [0, 1], 0 where masked (a rule of others may also amplify).
         reason: ``[...]`` int8 of :class:`Reason`.
         rejection_rate: share of unmasked tokens that a rule touched (soft rules: mean of 1 − weight).
         rejection_rate_by_reason: the same by reason; tokens with several reasons count under the first.
         denominator: ``"kept"`` or ``"all"``, what the loss is to be normalised by.
         met: for rules with a budget, whether it was met.
+        penalty: ``[...]`` what a rule adds to ∂loss/∂log π of a token, before the loss's own
+            normalisation; None for all rules that only weigh.
     """
 
     weights: Float[Tensor, "..."]
@@ -62,6 +65,7 @@ class Selection:
     rejection_rate_by_reason: dict[str, Float[Tensor, ""]]
     denominator: Denominator
     met: bool | None = None
+    penalty: Float[Tensor, "..."] | None = None
 
 
 class Rule(Protocol):
@@ -109,7 +113,7 @@ def make_selection(
     weights = torch.where(mask, weights, 0.0)
     reason = torch.where(mask, reason, int(Reason.MASKED)).to(torch.int8)
     count = mask.sum().clamp_min(1)
-    lost = torch.where(mask, 1.0 - weights, 0.0)
+    lost = torch.where(mask, (1.0 - weights).clamp_min(0.0), 0.0)
     by_reason = {r.label: torch.where(reason == int(r), lost, 0.0).sum() / count for r in reasons}
     return Selection(weights, reason, lost.sum() / count, by_reason, denominator, met)
 
