@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from capo.core.budget import Budget, Interaction, interaction
     from capo.core.curvature import TokenCurvature, TruncationBound, token_curvature
+    from capo.core.diagnoses import Diagnosis
+    from capo.core.early_warning import EarlyWarning, StepReading, Warned, WarningConstants
     from capo.core.errors import InputError
+    from capo.core.gradient_noise import gradient_noise
     from capo.core.moments import LastLayerMoments
     from capo.core.proposed import proposed_step
     from capo.core.rules import NatsThreshold, QuantileThresholds, SoftThresholds, make_rule
     from capo.core.selection import PAPER_THRESHOLDS, Reason, Selection, Thresholds, select
     from capo.core.steps import AdamStep, GivenStep, MomentumStep, SGDStep
     from capo.core.trust_region import TrustRegion, auto_policy_shift, make_trust_region
+    from capo.integrations.monitor import CurvatureMonitor
 
 __version__ = "0.1.0"
 
@@ -22,6 +26,9 @@ __all__ = [
     "PAPER_THRESHOLDS",
     "AdamStep",
     "Budget",
+    "CurvatureMonitor",
+    "Diagnosis",
+    "EarlyWarning",
     "GivenStep",
     "InputError",
     "Interaction",
@@ -33,12 +40,16 @@ __all__ = [
     "SGDStep",
     "Selection",
     "SoftThresholds",
+    "StepReading",
     "Thresholds",
     "TokenCurvature",
     "TruncationBound",
     "TrustRegion",
+    "Warned",
+    "WarningConstants",
     "__version__",
     "auto_policy_shift",
+    "gradient_noise",
     "interaction",
     "make_rule",
     "make_trust_region",
@@ -58,7 +69,13 @@ _HOMES = {
     "TokenCurvature": "capo.core.curvature",
     "TruncationBound": "capo.core.curvature",
     "token_curvature": "capo.core.curvature",
+    "Diagnosis": "capo.core.diagnoses",
+    "EarlyWarning": "capo.core.early_warning",
+    "StepReading": "capo.core.early_warning",
+    "Warned": "capo.core.early_warning",
+    "WarningConstants": "capo.core.early_warning",
     "InputError": "capo.core.errors",
+    "gradient_noise": "capo.core.gradient_noise",
     "LastLayerMoments": "capo.core.moments",
     "proposed_step": "capo.core.proposed",
     "NatsThreshold": "capo.core.rules",
@@ -74,6 +91,7 @@ _HOMES = {
     "GivenStep": "capo.core.steps",
     "MomentumStep": "capo.core.steps",
     "SGDStep": "capo.core.steps",
+    "CurvatureMonitor": "capo.integrations.monitor",  # needs the extra `trl`
 }
 
 

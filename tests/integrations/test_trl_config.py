@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from trl import GRPOConfig
 
 import capo
 from capo import InputError
+from capo.integrations._trl_layout import check_head, check_layout, check_replicated
 from capo.integrations.trl import CAPOConfig
 
 from . import trl_kit as kit
@@ -108,11 +111,70 @@ def test_optimizer_that_does_not_train_the_head_is_refused(tmp_path: Path) -> No
         instance.train()
 
 
-def test_sharded_training_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    instance = kit.trainer(tmp_path, selection={}, curvature_top_k=8)
-    monkeypatch.setattr(instance, "is_fsdp_enabled", True)
-    with pytest.raises(InputError, match=r"^selection: is not supported with FSDP"):
-        instance._make_judge()
+def layout(kind: DistributedType, *, fsdp2: bool = True, **sizes: int) -> Any:
+    return SimpleNamespace(
+        distributed_type=kind, is_fsdp2=fsdp2, parallelism_config=SimpleNamespace(**sizes)
+    )
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "message"),
+    [
+        (layout(DistributedType.FSDP, fsdp2=False), r"^selection: needs FSDP2, not FSDP1; .*=None"),
+        (
+            layout(DistributedType.MEGATRON_LM),
+            r"^selection: needs DDP, .* not MEGATRON_LM; .*=None",
+        ),
+        (layout(DistributedType.FSDP, tp_size=2), r"^selection: .* set tp_size to 1 .*=None"),
+        (layout(DistributedType.MULTI_GPU, cp_size=4), r"^selection: .* set cp_size to 1 .*=None"),
+    ],
+)
+def test_layouts_that_cannot_be_seen_through_are_refused(accelerator: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_layout(accelerator, "selection")
+
+
+def peft_head(*, trained: bool) -> Any:
+    import peft
+
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["lm_head"] if trained else None
+    )
+    return peft.get_peft_model(kit.policy(), config)
+
+
+def test_a_head_that_fsdp2_trains_apart_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^selection: cannot be used with FSDP2 and an LM head"):
+        check_head(layout(DistributedType.FSDP), peft_head(trained=True), "selection")
+    check_head(layout(DistributedType.FSDP), peft_head(trained=False), "selection")
+    check_head(layout(DistributedType.FSDP), kit.policy(), "selection")
+    check_head(layout(DistributedType.DEEPSPEED), peft_head(trained=True), "selection")
+
+
+def test_vllm_is_configured_as_in_trl(tmp_path: Path) -> None:
+    served = kit.arguments(
+        CAPOConfig,
+        tmp_path,
+        use_vllm=True,
+        vllm_mode="server",
+        vllm_server_base_url="http://localhost:8000",
+        selection="capo",
+    )
+    assert (served.use_vllm, served.vllm_mode) == (True, "server")
+    assert served.vllm_server_base_url == "http://localhost:8000"
+    assert served.rule() is not None
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_a_micro_batchs_own_gradient_is_not_to_be_had_of_shards(kind: DistributedType) -> None:
+    with pytest.raises(InputError, match=r"^depth: takes the gradient of one micro-batch"):
+        check_replicated(layout(kind), "depth")
+
+
+@pytest.mark.parametrize("kind", [DistributedType.NO, DistributedType.MULTI_CPU])
+def test_replicated_layouts_are_taken(kind: DistributedType) -> None:
+    check_layout(layout(kind, tp_size=1), "depth")
+    check_replicated(layout(kind), "depth")
 
 
 def test_infinite_hidden_states_end_the_run_with_a_sentence(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ LEVELS = ("token", "sequence")
 class HandMadeVerdict:
     """In the place of the judge: fixed weights, and a note of what it was shown."""
 
+    rule = None
+
     def __init__(self, weights: torch.Tensor) -> None:
         self.weights = weights
         self.seen: PolicyPass | None = None
@@ -29,14 +31,18 @@ class HandMadeVerdict:
     def judge(self, policy_pass: PolicyPass, *_: Any) -> Any:
         self.seen = policy_pass
         zeros = torch.zeros(policy_pass.token_ids.shape)
+        curvature = SimpleNamespace(policy_shift=zeros, objective_shift=zeros)
         return SimpleNamespace(
             weights=self.weights,
-            curvature=SimpleNamespace(policy_shift=zeros, objective_shift=zeros),
+            curvature=curvature,
+            everywhere=curvature,
+            everywhere_mask=policy_pass.mask,
             selection=SimpleNamespace(
                 weights=self.weights, rejection_rate=zeros.sum(), rejection_rate_by_reason={}
             ),
             batch_policy_shift=zeros.sum(),
             batch_objective_shift=zeros.sum(),
+            offset=None,
         )
 
 

@@ -154,12 +154,36 @@ def test_optimizer_moments_are_read_with_the_learning_rate_of_the_step(tmp_path:
 def test_sgd_step_model(tmp_path: Path) -> None:
     instance = kit.trainer(tmp_path, **WATCH, step_model="sgd", optim="sgd", learning_rate=0.1)
     instance.train()
-    step = instance._judge.step_model.step(
-        read_head(instance.model, 1.0),
-        unwrapped_optimizer(instance.optimizer),
-    )
+    step = instance._judge.step_model.step(read_head(instance.model, 1.0), instance._engine())
     assert step == capo.SGDStep(0.1)
     assert instance._judge.step_model.state_dict() is None
+
+
+def test_tokens_of_vllm_are_judged_with_trls_correction(tmp_path: Path) -> None:
+    records: list[TokenRecord] = []
+    instance = kit.trainer(
+        tmp_path, **WATCH, step_model="sgd", optim="sgd", token_callbacks=[records.append]
+    )
+    instance.create_optimizer()
+    inputs = kit.micro_batch(kit.ready(instance))
+    instance._compute_loss(instance.model, inputs)
+    instance.use_vllm = True  # as far as the loss is concerned
+    ratio = torch.full(inputs["completion_mask"].shape, 0.5)
+    instance._compute_loss(instance.model, {**inputs, "importance_sampling_ratio": ratio})
+    plain, corrected = records
+    counted = plain.mask & (plain.advantage != 0)
+    torch.testing.assert_close(
+        corrected.policy_shift[counted], 0.25 * plain.policy_shift[counted], rtol=1e-4, atol=0
+    )
+    assert (plain.policy_shift[counted] > 0).any()
+
+
+def test_an_optimizer_whose_epsilon_is_no_number(tmp_path: Path) -> None:
+    """Adafactor keeps a pair of another meaning under that name: Adam's own is used."""
+    instance = kit.trainer(tmp_path, **WATCH, optim="adafactor")
+    instance.train()
+    model = instance._judge.step_model
+    assert model.moments.adam_step(1.0).eps == instance.args.adam_epsilon
 
 
 def test_frozen_head_is_judged_by_its_simulated_step(tmp_path: Path) -> None:

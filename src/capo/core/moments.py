@@ -97,66 +97,36 @@ class LastLayerMoments:
                 None is the exact gradient of the last layer.
             support: ``curvature.support`` of the same tokens: spares the logits (``top_k`` only).
         """
-        shape = token_ids.shape
-        chosen = check_mask(mask, token_ids)
-        check_shapes(hidden, head_weight, token_ids)
-        check_tokens(token_ids[chosen], head_weight.shape[0])
         if tuple(head_weight.shape) != tuple(self.exp_avg.shape):
             raise InputError(
                 "head_weight",
                 f"must be {tuple(self.exp_avg.shape)}, got {tuple(head_weight.shape)}.",
             )
-        factor = broadcast("advantages", advantages, shape)[chosen].to(self.exp_avg.dtype)
+        chosen = check_mask(mask, token_ids)
+        factor = broadcast("advantages", advantages, token_ids.shape)[chosen]
+        factor = factor.to(self.exp_avg.dtype)
         extras = {"coefficients": coefficients, "weights": weights, "scale": scale}
         for name, extra in extras.items():
             if isinstance(extra, torch.Tensor):
-                factor = factor * broadcast(name, extra, shape)[chosen]
+                factor = factor * broadcast(name, extra, token_ids.shape)[chosen]
         if not isinstance(scale, torch.Tensor):
             factor = factor * scale
         if self.grad is None:
             self.grad = torch.zeros_like(self.exp_avg)
-        if factor.numel() == 0:
-            return
-        with torch.no_grad():
-            head = make_head(
-                hidden, head_weight, head_bias, temperature, logit_scale, logit_softcap
-            )
-            problem = Problem(
-                hidden.detach()[chosen],
-                head,
-                token_ids[chosen],
-                factor.to(head.dtype),
-                SGDStep(0.0),
-                top_k,
-                renormalize=True,
-            )
-            if top_k is None:
-                self._add_full(problem)
-            else:
-                self._add_rows(problem, support or chunked.compute(problem).support)
-
-    def _add_rows(self, problem: Problem, support: Support | None) -> None:
-        assert self.grad is not None
-        if support is None or support.rows.shape[0] != problem.token_ids.shape[0]:
-            raise InputError("support", "must come from a top_k curvature of the same tokens.")
-        used, position = torch.unique(support.rows, return_inverse=True)
-        coefficient = -problem.advantages[:, None] * support.residual
-        gradient = scatter_gradient(
-            coefficient, problem.hidden.to(problem.dtype), position, used.shape[0]
+        add_gradient(
+            self.grad,
+            hidden,
+            head_weight,
+            token_ids,
+            factor,
+            chosen,
+            top_k=top_k,
+            support=support,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            logit_softcap=logit_softcap,
+            head_bias=head_bias,
         )
-        self.grad.index_add_(0, used, gradient.to(self.grad.dtype))
-
-    def _add_full(self, problem: Problem) -> None:
-        assert self.grad is not None
-        vocabulary = problem.head.vocabulary
-        size = current().held_tokens(vocabulary)
-        for start in range(0, problem.token_ids.shape[0], size):
-            chunk = problem.chunk(slice(start, start + size))
-            held = chunk.hidden.new_empty(chunk.hidden.shape[0], vocabulary)
-            accumulator = chunked.ValueAccumulator(chunk, *chunked.normalise(chunk, held))
-            for block in chunked.vocabulary_blocks(vocabulary):
-                coefficient = accumulator.coefficient(chunk.head.activate(held[:, block]), block)
-                self.grad[block] -= (coefficient.T @ chunk.hidden).to(self.grad.dtype)
 
     def advance(self, max_norm: float | None = None, grad_norm: float | None = None) -> None:
         """Move the moments with the accumulated gradient and clear it.
@@ -209,3 +179,72 @@ class LastLayerMoments:
         self.step = int(state["step"])
         grad = state.get("grad")
         self.grad = None if grad is None else grad.to(self.exp_avg).clone()
+
+
+def add_gradient(
+    into: Float[Tensor, "V d"],
+    hidden: Float[Tensor, "... d"],
+    head_weight: Float[Tensor, "V d"],
+    token_ids: Int[Tensor, "..."],
+    factor: Float[Tensor, " N"],
+    mask: Bool[Tensor, "..."],
+    *,
+    top_k: int | None,
+    support: Support | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    head_bias: Float[Tensor, "V"] | None = None,
+) -> None:
+    """Add the head's loss gradient ``−Σ_i factor_i (D w_i) h_iᵀ / T`` to ``into``.
+
+    Args:
+        factor: of the ``N`` tokens of ``mask``, in their order.
+        into, hidden, head_weight, token_ids, mask, top_k, support, temperature, logit_scale,
+            logit_softcap, head_bias: as for :meth:`LastLayerMoments.accumulate`.
+
+    Raises:
+        InputError: shapes or token ids do not fit, or ``support`` is of other tokens.
+    """
+    check_shapes(hidden, head_weight, token_ids)
+    check_tokens(token_ids[mask], head_weight.shape[0])
+    if factor.numel() == 0:
+        return
+    with torch.no_grad():
+        head = make_head(hidden, head_weight, head_bias, temperature, logit_scale, logit_softcap)
+        problem = Problem(
+            hidden.detach()[mask],
+            head,
+            token_ids[mask],
+            factor.to(head.dtype),
+            SGDStep(0.0),
+            top_k,
+            renormalize=True,
+        )
+        if top_k is None:
+            _add_full(into, problem)
+        else:
+            _add_rows(into, problem, support or chunked.compute(problem).support)
+
+
+def _add_rows(into: Float[Tensor, "V d"], problem: Problem, support: Support | None) -> None:
+    if support is None or support.rows.shape[0] != problem.token_ids.shape[0]:
+        raise InputError("support", "must come from a top_k curvature of the same tokens.")
+    used, position = torch.unique(support.rows, return_inverse=True)
+    coefficient = -problem.advantages[:, None] * support.residual
+    gradient = scatter_gradient(
+        coefficient, problem.hidden.to(problem.dtype), position, used.shape[0]
+    )
+    into.index_add_(0, used, gradient.to(into.dtype))
+
+
+def _add_full(into: Float[Tensor, "V d"], problem: Problem) -> None:
+    vocabulary = problem.head.vocabulary
+    size = current().held_tokens(vocabulary)
+    for start in range(0, problem.token_ids.shape[0], size):
+        chunk = problem.chunk(slice(start, start + size))
+        held = chunk.hidden.new_empty(chunk.hidden.shape[0], vocabulary)
+        accumulator = chunked.ValueAccumulator(chunk, *chunked.normalise(chunk, held))
+        for block in chunked.vocabulary_blocks(vocabulary):
+            coefficient = accumulator.coefficient(chunk.head.activate(held[:, block]), block)
+            into[block] -= (coefficient.T @ chunk.hidden).to(into.dtype)

@@ -74,17 +74,36 @@ def _proposed(
     if grad.shape != parameter.shape:
         raise InputError("grad", f"must be {tuple(parameter.shape)}, got {tuple(grad.shape)}.")
     with torch.no_grad():
-        step = _written_out(type(optimizer), group, optimizer.state.get(parameter, {}))
-        if step is None:
-            return _on_a_copy(optimizer, group, parameter, grad)
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
-        loss_grad = grad.detach().to(dtype)
-        if group.get("maximize", False):
-            loss_grad = -loss_grad
-        weight = parameter.detach().to(dtype)
-        if type(optimizer) is torch.optim.Adam and group["weight_decay"]:
-            loss_grad = loss_grad + group["weight_decay"] * weight  # coupled, unlike AdamW's
-        return step.of_gradient(loss_grad, weight)
+        state = optimizer.state.get(parameter, {})
+        step = step_from_state(type(optimizer), group, state, parameter, grad)
+        return _on_a_copy(optimizer, group, parameter, grad) if step is None else step
+
+
+def step_from_state(
+    kind: type, group: dict[str, Any], state: dict[str, Any], parameter: Tensor, grad: Tensor
+) -> Tensor | None:
+    """The written-out step of SGD, Adam or AdamW on a parameter or any part of it.
+
+    Args:
+        kind: the optimizer's class.
+        group: its settings for the parameter.
+        state: its state, shaped like ``parameter``.
+        parameter, grad: value and gradient, of one shape.
+
+    Returns:
+        ``Δ`` in float32 or wider; None for an optimizer that is not written out.
+    """
+    step = _written_out(kind, group, state)
+    if step is None:
+        return None
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    loss_grad = grad.detach().to(dtype)
+    if group.get("maximize", False):
+        loss_grad = -loss_grad
+    weight = parameter.detach().to(dtype)
+    if kind is torch.optim.Adam and group["weight_decay"]:
+        loss_grad = loss_grad + group["weight_decay"] * weight  # coupled, unlike AdamW's
+    return step.of_gradient(loss_grad, weight)
 
 
 def _group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:

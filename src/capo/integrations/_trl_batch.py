@@ -15,15 +15,20 @@ from capo.core.statistics.problem import Head, compute_dtype
 from capo.core.trust_region import Divergence, Reference, choose_tokens
 from capo.integrations._trl_head import LMHead
 from capo.integrations._trl_sample import Sample
+from capo.integrations._trl_world import World, weighted_mean
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
+    from capo.integrations._trl_sharded import Engine
+
 
 @dataclass(frozen=True)
 class ShiftRecord:
     """What one optimizer step did to the completions on which it was measured. CPU tensors.
+
+    Each of several processes records its own completions.
 
     Attributes:
         step: optimizer steps taken, this one included.
@@ -55,9 +60,16 @@ class StepBatch:
     reference: Reference
     hidden: Float[Tensor, "M d"]
     weights: Float[Tensor, " M"]
+    world: World
 
-    def run(self, backbone: nn.Module) -> Float[Tensor, "M d"]:
-        return torch.cat([sample.run(backbone) for sample in self.samples])[self.chosen]
+    def run(self, engine: Engine) -> Float[Tensor, "M d"]:
+        return torch.cat([sample.run(engine) for sample in self.samples])[self.chosen]
+
+    def mean(self, values: Float[Tensor, " M"]) -> float:
+        """Weighted mean over the tokens of all processes."""
+        if self.world.alone:
+            return float(values @ (self.weights / self.weights.sum()))
+        return weighted_mean(self.world, values, self.weights)
 
     def with_hidden(self, hidden: Float[Tensor, "M d"], head: Head) -> StepBatch:
         """The same with a reference from other hidden states."""
@@ -70,7 +82,7 @@ class StepBatch:
         """Weighted mean entropy of the reference, nats a token."""
         log_probs = self.reference.log_probs
         entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
-        return float((entropy * self.weights).sum() / self.weights.sum())
+        return weighted_mean(self.world, entropy, self.weights)
 
     @property
     def lengths(self) -> Int[Tensor, " n"]:
@@ -81,10 +93,24 @@ class StepBatch:
     def mean_length(self) -> float:
         """Weighted mean of the completions' lengths, tokens."""
         weight = torch.cat([sample.weight for sample in self.samples])
-        return float((self.lengths * weight).sum() / weight.sum())
+        return weighted_mean(self.world, self.lengths, weight)
+
+    @property
+    def extremes(self) -> tuple[int, float]:
+        """Most counted tokens of a completion, and the largest size of an advantage."""
+        largest = self.reference.advantages.abs()
+        if self.world.alone:
+            return int(self.lengths.max()), float(largest.max())
+        counted = torch.cat([sample.weight for sample in self.samples]) > 0
+        ends = [self.lengths[counted], largest[self.weights > 0]]
+        zero = largest.new_zeros(1)
+        most = self.world.highest(
+            torch.cat([torch.cat([e.to(zero), zero]).max()[None] for e in ends])
+        )
+        return int(most[0]), float(most[1])
 
 
-def make_batch(samples: list[Sample], head: Head) -> StepBatch:
+def make_batch(samples: list[Sample], head: Head, world: World) -> StepBatch:
     """The reference on the samples' tokens, from the hidden states of the training pass."""
     mask = torch.cat([sample.mask.flatten() for sample in samples])
     counted = torch.ones(int(mask.sum()), dtype=torch.bool, device=mask.device)
@@ -100,7 +126,9 @@ def make_batch(samples: list[Sample], head: Head) -> StepBatch:
         tokens([sample.at_tokens(sample.advantage) for sample in samples]).to(head.dtype),
     )
     weights = tokens([sample.token_weights() for sample in samples]).to(head.dtype)
-    return StepBatch(samples, chosen, reference, hidden, weights)
+    if not world.alone and chosen.numel():  # those that are left stand for all of the process
+        weights = weights * (counted.numel() / chosen.numel())
+    return StepBatch(samples, chosen, reference, hidden, weights, world)
 
 
 @torch.no_grad()

@@ -10,9 +10,11 @@ from trl import GRPOConfig
 import capo
 from capo.core.errors import InputError
 from capo.core.statistics import IMPLEMENTATIONS
+from capo.core.token_rules import Lopti
 
 if TYPE_CHECKING:
     from capo.core.selection import Rule
+    from capo.core.token_rules import TokenRule
 
 _CHOICES = {
     "step_model": ("adam", "sgd"),
@@ -39,7 +41,8 @@ class CAPOConfig(GRPOConfig):  # type: ignore[misc]
             thresholds; or a dict of `policy_shift` (nats), `objective_shift` ([low, high], either
             may be None) and `denominator` (``"kept"``: each sequence is renormalised over its kept
             tokens; ``"all"``: the loss's denominators stay), with `rule` ``"soft"``, ``"quantile"``
-            or ``"nats"`` for another rule's arguments (`capo.make_rule`); or None, no selection.
+            or ``"nats"``, or a token rule of others (`capo.core.token_rules`), for another rule's
+            arguments (`capo.make_rule`); or None, no selection.
         step_model: whose step is judged, ``"adam"`` (the paper's) or ``"sgd"``.
         moments: Adam's moments: ``"simulated"`` from the last-layer gradients of accepted tokens
             (the paper's), or the ``"optimizer"``'s own. The latter need no memory, but with tied
@@ -132,7 +135,8 @@ class CAPOConfig(GRPOConfig):  # type: ignore[misc]
             )
         if isinstance(self.trust_region, str):
             self.trust_region = _number(self.trust_region)
-        self.rule()
+        if isinstance(self.rule(), Lopti) and self.num_iterations % 2:
+            raise InputError("num_iterations", "must be even with the rule 'lopti'.")
         self.region()
 
     def region(self) -> capo.TrustRegion | None:
@@ -143,7 +147,7 @@ class CAPOConfig(GRPOConfig):  # type: ignore[misc]
         """
         return capo.make_trust_region(self.trust_region)
 
-    def rule(self) -> Rule | None:
+    def rule(self) -> Rule | TokenRule | None:
         """The selection rule that `selection` stands for, or None.
 
         Raises:

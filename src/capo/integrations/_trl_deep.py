@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
 
 import capo
 from capo.core.proposed import ProposedStep
@@ -21,9 +20,11 @@ from capo.core.trust_region import Probe
 from capo.core.trust_region.divergence import REFERENCE_ENTRIES
 from capo.core.trust_region.probe import Depth
 from capo.integrations._trl_batch import core_head, eval_mode, make_batch
-from capo.integrations._trl_head import LMHead, causal_lm
+from capo.integrations._trl_head import LMHead
 from capo.integrations._trl_loss import GradientGate
 from capo.integrations._trl_sample import Sample, take_rows
+from capo.integrations._trl_sharded import Engine
+from capo.integrations._trl_world import World
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -49,9 +50,8 @@ class DeepPass:
     """One micro-batch between loss and backward.
 
     Attributes:
-        policy: the unwrapped model.
+        engine: policy and optimizer, replicated where there are several processes.
         head: its head.
-        optimizer: the torch optimizer.
         autocast: the trainer's mixed precision.
         loss: the micro-batch's.
         gate: on its log-probabilities.
@@ -60,9 +60,8 @@ class DeepPass:
         max_grad_norm: what the trainer clips to, or 0.
     """
 
-    policy: nn.Module
+    engine: Engine
     head: LMHead
-    optimizer: torch.optim.Optimizer
     autocast: Callable[[], AbstractContextManager[Any]]
     loss: Float[Tensor, ""]
     gate: GradientGate
@@ -108,32 +107,42 @@ class DeepPass:
     def quadratic(self, depth: Depth, generator: torch.Generator) -> Quadratic:
         """Objective shift along the step, each half of the batch judging the step of the other.
 
-        Halves are of whole prompts where there are several: a group's advantages hang together.
+        Halves are of whole prompts where there are several: a group's advantages hang together. The
+        micro-batch is that of all processes; the sum is this one's part.
         """
-        halves = _halves(self.inputs["prompt_ids"].cpu(), generator)
+        prompts, own_rows = self.engine.world.prompts(self.inputs)
+        halves = _halves(prompts, generator)
         total = Quadratic(0.0, 0.0)
         for own, other in (halves, halves[::-1]):
-            step = self._step(own)
-            for _, probe in self._probes(other, step):
+            share = prompts.size(0) / own.numel()
+            step = self._step(_inside(own, own_rows), share)
+            for _, probe in self._probes(_inside(other, own_rows), step):
                 found = probe.along(depth)
                 slope = float((probe.reference.advantages * found.log_ratio).sum())
                 both = float(found.objective_shift.sum())
                 total = Quadratic(total.slope + slope, total.curvature + both - slope)
         return total
 
-    def _step(self, rows: Int[Tensor, " n"] | None) -> ProposedStep:
-        """The optimizer's step for the gated gradient of some rows, as if they were the whole batch."""
-        parameters = [p for p in self.policy.parameters() if p.requires_grad]
+    def _step(self, rows: Int[Tensor, " n"] | None, share: float = 1.0) -> ProposedStep:
+        """The optimizer's step for the gated gradient of some rows, as if they were the whole batch.
+
+        Of the rows of all processes, these being the own ones, and all being ``1 / share`` of the batch.
+        """
+        parameters = [p for p in self.engine.policy.parameters() if p.requires_grad]
         weights, factor = self.gate.weights, float(self.accumulation_steps)
         if rows is not None:
             chosen = torch.zeros_like(self.mask, dtype=torch.float32)
             chosen[rows] = 1.0
             self.gate.weights = chosen if weights is None else weights * chosen
-            factor *= self.mask.size(0) / rows.numel()
+            factor *= share
         try:
             found = torch.autograd.grad(self.loss, parameters, retain_graph=True, allow_unused=True)
         finally:
             self.gate.weights = weights
+        world = self.engine.world
+        if not world.alone:  # the loss is the mean of the processes' losses
+            factor /= world.size
+            found = tuple(None if g is None else world.total(g) for g in found)
         gradients = {
             id(p): g * factor for p, g in zip(parameters, found, strict=True) if g is not None
         }
@@ -141,31 +150,30 @@ class DeepPass:
             norm = torch.stack([g.float().norm() for g in gradients.values()]).norm()
             clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
             gradients = {key: g * clip.to(g.dtype) for key, g in gradients.items()}
-        return ProposedStep(self.optimizer, gradients)
+        return ProposedStep(self.engine.optimizer, gradients)
 
     def _probes(
         self, rows: Int[Tensor, " n"], step: ProposedStep
     ) -> Iterator[tuple[Sample, Probe]]:
         """Probes over the rows, as many at a time as a reference may hold."""
         head = core_head(self.head)
-        backbone = causal_lm(self.policy).base_model
         size = max(1, REFERENCE_ENTRIES // (head.vocabulary * self.mask.size(1)))
         for some in torch.split(rows, size):
             if not bool(self.mask[some].any()):
                 continue
             ones = torch.ones(some.numel())
             sample = take_rows(self.inputs, self.mask, self.hidden, some, ones)
-            batch = make_batch([sample], head)
+            batch = make_batch([sample], head, World())
 
             def hidden(sample: Sample = sample) -> Tensor:
                 with self.autocast():
-                    return sample.run(backbone)
+                    return sample.run(self.engine)
 
-            with eval_mode(self.policy):
+            with eval_mode(self.engine.policy):
                 yield (
                     sample,
                     Probe(
-                        backbone,
+                        self.engine.backbone,
                         hidden,
                         head,
                         self.head.parameter,
@@ -174,6 +182,12 @@ class DeepPass:
                         batch.hidden,
                     ),
                 )
+
+
+def _inside(rows: Int[Tensor, " n"], own: slice) -> Int[Tensor, " m"]:
+    """Those of all processes' rows that are this one's, counted from its first."""
+    inside: Tensor = rows[(rows >= own.start) & (rows < own.stop)] - own.start
+    return inside
 
 
 def _halves(

@@ -30,6 +30,7 @@ class LMHead:
         logit_scale: factor on ``W h + b`` before the soft-cap.
         logit_softcap: c of ``φ(y) = c·tanh(y / c)``, or None.
         temperature: T, the sampling temperature that the trainer divides by.
+        gathered: W's value where `parameter` holds only a part of it.
     """
 
     parameter: nn.Parameter
@@ -37,11 +38,17 @@ class LMHead:
     logit_scale: float
     logit_softcap: float | None
     temperature: float
+    gathered: Float[Tensor, "V d"] | None = None
 
     @property
     def weight(self) -> Float[Tensor, "V d"]:
         """W without its graph."""
-        return self.parameter.detach()
+        return self.parameter.detach() if self.gathered is None else self.gathered
+
+    @property
+    def vocabulary(self) -> int:
+        """V, also where W is sharded away."""
+        return int(getattr(self.parameter, "ds_shape", self.parameter.shape)[0])
 
     @property
     def logit_options(self) -> dict[str, Any]:
@@ -68,17 +75,17 @@ def read_head(model: nn.Module, temperature: float) -> LMHead:
         temperature: the trainer's sampling temperature.
 
     Raises:
-        InputError: the head has no two-dimensional weight, as when it is sharded away or is not a
-            linear layer.
+        InputError: the head has no two-dimensional weight, as when it is not a linear layer.
     """
     policy = causal_lm(model)
     head = policy.get_output_embeddings()
     weight = getattr(head, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or weight.numel() == 0:
+    shape: Any = getattr(weight, "ds_shape", getattr(weight, "shape", None))  # ZeRO-3: the whole's
+    if not isinstance(weight, nn.Parameter) or len(shape) != 2 or shape.numel() == 0:
         raise InputError(
             "model",
             f"the LM head of {type(policy).__name__} has no [vocabulary, hidden] weight to read; "
-            "CAPO needs an unsharded linear head.",
+            "CAPO needs a linear head.",
         )
     scale, softcap = _logit_transform(policy.config.get_text_config())
     return LMHead(weight, getattr(head, "bias", None), scale, softcap, temperature)
@@ -99,8 +106,12 @@ def _logit_transform(config: Any) -> tuple[float, float | None]:
 
 
 @contextmanager
-def capture_hidden(model: nn.Module) -> Iterator[list[Float[Tensor, "B L d"]]]:
-    """Collect the backbone's last hidden states, detached, of every forward in the block.
+def capture_hidden(
+    model: nn.Module, *, detached: bool = True
+) -> Iterator[list[Float[Tensor, "B L d"]]]:
+    """Collect the backbone's last hidden states of every forward in the block.
+
+    `detached` takes derivatives off them, of forward mode too.
 
     The hook is on the backbone and not on the head because TRL fuses the head into the
     log-probability: `lm_head.forward` is never called in training. It is set for the block only, so
@@ -110,7 +121,8 @@ def capture_hidden(model: nn.Module) -> Iterator[list[Float[Tensor, "B L d"]]]:
     passes: list[Float[Tensor, "B L d"]] = []
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        passes.append(output.last_hidden_state.detach())
+        hidden = output.last_hidden_state
+        passes.append(hidden.detach() if detached else hidden)
 
     handle = causal_lm(model).base_model.register_forward_hook(keep)
     try:

@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import capo
+from capo.core.moments import add_gradient
+from capo.core.token_rules import TokenContext, TokenRule
 from capo.integrations._trl_head import LMHead
 from capo.integrations._trl_loss import gradient_weights
+from capo.integrations._trl_sharded import Engine
 from capo.integrations._trl_step import StepModel
+from capo.integrations._trl_world import World
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 
 
 SMALL_VOCABULARY = 4096
+REWARD = "capo_reward"  # of a completion, among the trainer's inputs
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,10 @@ class TokenRecord:
         objective_shift: m_H of the token's own step, ``[B, T]``.
         policy_shift: m_F of the token's own step (nats), ``[B, T]``.
         reason: `capo.Reason` of the verdict, int8 ``[B, T]``.
-        weight: kept share of the token's gradient in [0, 1], ``[B, T]``.
+        weight: kept share of the token's gradient, ``[B, T]``; above 1 where a rule amplifies.
         prompt_ids: prompts, ``[B, P]``, left-padded.
         prompt_mask: True on the prompt's tokens, ``[B, P]``.
+        reward: weighted sum of a completion's rewards, ``[B]``; NaN where it is not known.
     """
 
     step: int
@@ -54,6 +60,7 @@ class TokenRecord:
     weight: Float[Tensor, "B T"]
     prompt_ids: Int[Tensor, "B P"]
     prompt_mask: Bool[Tensor, "B P"]
+    reward: Float[Tensor, " B"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ class PolicyPass:
         loss_gradient: ``∂loss/∂log π``, ``[B, T]``.
         loss_scale: the loss's normalisation of each token, accumulation included, ``[B, 1]``.
         accumulation_steps: micro-batches in one optimizer step.
+        context: for a rule that needs it.
     """
 
     hidden: Float[Tensor, "B T d"]
@@ -75,6 +83,7 @@ class PolicyPass:
     loss_gradient: Float[Tensor, "B T"]
     loss_scale: Float[Tensor, "B 1"]
     accumulation_steps: int
+    context: TokenContext | None = None
 
     @property
     def effective_advantage(self) -> Float[Tensor, "B T"]:
@@ -90,8 +99,10 @@ class Verdict:
         curvature: per-token shifts, ``[B, T]``.
         selection: what the rule says.
         weights: factors on the tokens' gradients, denominators taken into account, ``[B, T]``.
+        offset: what is added to them, or None, ``[B, T]``.
         batch_policy_shift: see :meth:`Judge.batch_shifts`.
         batch_objective_shift: see :meth:`Judge.batch_shifts`.
+        everywhere, everywhere_mask: curvature and mask of all processes' rows.
     """
 
     curvature: capo.TokenCurvature
@@ -99,6 +110,9 @@ class Verdict:
     weights: Float[Tensor, "B T"]
     batch_policy_shift: Float[Tensor, ""]
     batch_objective_shift: Float[Tensor, ""]
+    everywhere: capo.TokenCurvature
+    everywhere_mask: Bool[Tensor, "A T"]
+    offset: Float[Tensor, "B T"] | None = None
 
 
 class Judge:
@@ -108,26 +122,34 @@ class Judge:
         rule: the selection rule.
         step_model: the optimizer's step of the head.
         options: `fisher`, `top_k`, `renormalize` and `impl` of `capo.token_curvature`.
+        world: the processes; a micro-batch is what all of them hold of it.
     """
 
-    def __init__(self, rule: Rule, step_model: StepModel, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        rule: Rule | TokenRule,
+        step_model: StepModel,
+        options: dict[str, Any],
+        world: World | None = None,
+    ) -> None:
         self.rule = rule
         self.step_model = step_model
         self.options = options
+        self.world = world or World()
 
     @torch.no_grad()
     def judge(
         self,
         policy_pass: PolicyPass,
         head: LMHead,
-        optimizer: torch.optim.Optimizer,
+        engine: Engine,
         curvature: capo.TokenCurvature | None = None,
     ) -> Verdict:
         """Judge a micro-batch, and add what is accepted of it to the simulated gradient.
 
         By each token's own step of the head, or by `curvature` where that is known otherwise.
         """
-        step = self.step_model.step(head, optimizer)
+        step = self.step_model.step(head, engine)
         curvature = curvature or capo.token_curvature(
             policy_pass.hidden,
             head.weight,
@@ -138,20 +160,128 @@ class Judge:
             **head.logit_options,
             **self.options,
         )
-        selection = capo.select(curvature, self.rule, policy_pass.mask)
+        everywhere, mask, own = self._everywhere(curvature, policy_pass.mask)
+        everyones = self._select(everywhere, mask, policy_pass)
+        selection = everyones
+        if not self.world.alone:
+            width = policy_pass.mask.size(1)
+            selection = dataclasses.replace(
+                everyones,
+                weights=everyones.weights[own, :width],
+                reason=everyones.reason[own, :width],
+            )
         weights = gradient_weights(selection.weights, policy_pass.mask, selection.denominator)
         # `where`, not a product alone: a rejected token's gradient may be infinite or NaN.
         accepted = torch.where(weights == 0, 0.0, weights * policy_pass.loss_gradient)
-        batch_shifts = self.batch_shifts(policy_pass, head, step, accepted)
-        self.step_model.accumulate(
-            head,
-            hidden=policy_pass.hidden,
-            token_ids=policy_pass.token_ids,
-            loss_gradient=accepted,
-            curvature=curvature,
-            top_k=self.options["top_k"],
+        offset = None
+        if selection.penalty is not None:
+            offset = selection.penalty * policy_pass.loss_scale * policy_pass.mask
+            accepted = accepted + offset
+        if self.world.alone:
+            batch_shifts = self.batch_shifts(policy_pass, head, step, accepted)
+            self.step_model.accumulate(
+                head,
+                hidden=policy_pass.hidden,
+                token_ids=policy_pass.token_ids,
+                loss_gradient=accepted,
+                curvature=curvature,
+                top_k=self.options["top_k"],
+            )
+        else:
+            top_k, batch_top_k = self.options["top_k"], self._batch_top_k(head)
+            gradient = self._gradient(policy_pass, head, accepted, curvature, batch_top_k)
+            batch_shifts = self._global_shifts(policy_pass, head, step, accepted, gradient)
+            if self.step_model.simulated and top_k != batch_top_k:
+                gradient = self._gradient(policy_pass, head, accepted, curvature, top_k)
+            self.step_model.add(gradient)
+        return Verdict(curvature, selection, weights, *batch_shifts, everywhere, mask, offset)
+
+    def _select(
+        self,
+        curvature: capo.TokenCurvature,
+        mask: Bool[Tensor, "A T"],
+        policy_pass: PolicyPass,
+    ) -> capo.Selection:
+        if isinstance(self.rule, TokenRule):
+            assert policy_pass.context is not None, "a token rule is asked with its context"
+            return self.rule.within(curvature, mask & curvature.mask, policy_pass.context)
+        return capo.select(curvature, self.rule, mask)
+
+    def _everywhere(
+        self, curvature: capo.TokenCurvature, mask: Bool[Tensor, "B T"]
+    ) -> tuple[capo.TokenCurvature, Bool[Tensor, "B T"], slice]:
+        """The curvature of all processes' rows, their mask, and which rows are one's own.
+
+        A rule may read its thresholds off the batch, so that it has to see all of it.
+        """
+        if self.world.alone:
+            return curvature, mask, slice(0, mask.size(0))
+        names = ("objective_shift", "policy_shift", "log_prob", "entropy", "s", "variance")
+        fields = [getattr(curvature, name) for name in names]
+        judged, counted = curvature.mask.to(fields[0].dtype), mask.to(fields[0].dtype)
+        (*rows, judged, counted), own = self.world.rows(*fields, judged, counted)
+        everywhere = dataclasses.replace(
+            curvature,
+            truncation_bound=None,
+            support=None,
+            mask=judged.bool(),
+            **dict(zip(names, rows, strict=True)),
         )
-        return Verdict(curvature, selection, weights, *batch_shifts)
+        return everywhere, counted.bool(), own
+
+    def _gradient(
+        self,
+        policy_pass: PolicyPass,
+        head: LMHead,
+        accepted: Float[Tensor, "B T"],
+        curvature: capo.TokenCurvature,
+        top_k: int | None,
+    ) -> Float[Tensor, "V d"]:
+        """The head's gradient of the accepted tokens of all processes, whose losses are averaged."""
+        weight, mask = head.weight, curvature.mask
+        gradient = torch.zeros(weight.shape, device=weight.device)
+        add_gradient(
+            gradient,
+            policy_pass.hidden,
+            weight,
+            policy_pass.token_ids,
+            -accepted[mask],
+            mask,
+            top_k=top_k,
+            support=curvature.support,
+            **head.logit_options,
+        )
+        return self.world.total(gradient).div_(self.world.size)
+
+    def _global_shifts(
+        self,
+        policy_pass: PolicyPass,
+        head: LMHead,
+        step: capo.SGDStep | capo.AdamStep,
+        accepted: Float[Tensor, "B T"],
+        gradient: Float[Tensor, "V d"],
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """:meth:`batch_shifts` of the step that all processes' tokens make together."""
+        if isinstance(step, capo.AdamStep):
+            step = dataclasses.replace(step, grad_scale=1.0)
+        whole = gradient * policy_pass.accumulation_steps
+        batch = capo.token_curvature(
+            policy_pass.hidden,
+            head.weight,
+            policy_pass.token_ids,
+            -accepted * (policy_pass.accumulation_steps / self.world.size),
+            step=capo.GivenStep(step.of_gradient(whole, head.weight.to(whole.dtype))),
+            mask=policy_pass.mask,
+            **head.logit_options,
+            **self.options | {"top_k": self._batch_top_k(head), "renormalize": True},
+        )
+        sums = [batch.policy_shift.sum(), batch.objective_shift.sum(), policy_pass.mask.sum()]
+        policy, objective, tokens = self.world.total(torch.stack([s.double() for s in sums]))
+        return policy / tokens.clamp(min=1), objective
+
+    def _batch_top_k(self, head: LMHead) -> int | None:
+        small = head.weight.size(0) <= SMALL_VOCABULARY
+        return None if small else self.options["top_k"]
 
     def batch_shifts(
         self,
@@ -168,7 +298,7 @@ class Judge:
         shift is the predicted decrease of the loss. Small vocabularies are summed in full, which
         costs less than looking for each token's likeliest rows.
         """
-        top_k = None if head.weight.size(0) <= SMALL_VOCABULARY else self.options["top_k"]
+        top_k = self._batch_top_k(head)
         tokens = policy_pass.mask.sum().clamp(min=1)
         if isinstance(step, capo.AdamStep):
             # The accepted gradient is normalised already, as the real one is.
@@ -189,19 +319,19 @@ class Judge:
         return batch.policy_shift.flatten()[first], batch.objective_shift.flatten()[first]
 
 
-def shift_metrics(verdict: Verdict, mask: Bool[Tensor, "B T"]) -> dict[str, float]:
+def shift_metrics(verdict: Verdict) -> dict[str, float]:
     """The metrics of one micro-batch, keyed as they are logged. One transfer to the host."""
-    selection, curvature = verdict.selection, verdict.curvature
+    selection, curvature, mask = verdict.selection, verdict.everywhere, verdict.everywhere_mask
     values = {
         "rejection_rate": selection.rejection_rate,
         **{
             f"rejection_rate/{reason}": rate
             for reason, rate in selection.rejection_rate_by_reason.items()
         },
-        **_quantiles(
+        **quantiles(
             "policy_shift", curvature.policy_shift[mask], p50=0.5, p90=0.9, p99=0.99, max=1
         ),
-        **_quantiles(
+        **quantiles(
             "objective_shift", curvature.objective_shift[mask], p01=0.01, p50=0.5, p99=0.99
         ),
         "batch/policy_shift": verdict.batch_policy_shift,
@@ -212,7 +342,8 @@ def shift_metrics(verdict: Verdict, mask: Bool[Tensor, "B T"]) -> dict[str, floa
     return {f"capo/{name}": number for name, number in zip(values, numbers, strict=True)}
 
 
-def _quantiles(name: str, values: Float[Tensor, " N"], **at: float) -> dict[str, Tensor]:
+def quantiles(name: str, values: Float[Tensor, " N"], **at: float) -> dict[str, Tensor]:
+    """``name/key`` for every quantile asked for; NaN where there are no values."""
     if values.numel() == 0:  # a NaN is left out of the logged mean
         return {f"{name}/{key}": values.new_tensor(float("nan")) for key in at}
     ordered = values.sort().values
@@ -237,6 +368,7 @@ def token_record(step: int, inputs: dict[str, Any], judged: PolicyPass, verdict:
         "weight": verdict.selection.weights,
         "prompt_ids": inputs["prompt_ids"],
         "prompt_mask": inputs["prompt_mask"].bool(),
+        "reward": inputs.get(REWARD, torch.full((judged.mask.size(0),), torch.nan)),
     }
     # A copy, since the trainer reuses its buffers and a callback may keep the record.
     copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in fields.items()}

@@ -34,11 +34,13 @@ class GradientGate:
 
     Attributes:
         weights: ``[B, T]`` factors, or None for the identity. Set it before backward.
+        offset: ``[B, T]`` added to the gradient, after the factors; None for nothing.
         output: the gated log-probabilities, the leaf at which to read the loss's gradient.
     """
 
     def __init__(self) -> None:
         self.weights: Float[Tensor, "B T"] | None = None
+        self.offset: Float[Tensor, "B T"] | None = None
         self.output: Float[Tensor, "B T"] | None = None
 
     def __call__(self, log_probs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -71,6 +73,8 @@ class _Gate(torch.autograd.Function):
             return gradient, None
         # `where`, not a product alone: a rejected token's gradient may be infinite or NaN.
         gated = torch.where(weights == 0, 0.0, gradient * weights)
+        if ctx.gate.offset is not None:
+            gated = gated + ctx.gate.offset
         return gated.to(gradient.dtype), None
 
 
@@ -111,6 +115,22 @@ def token_loss_scale(
     else:
         raise InputError("loss_type", f"must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}.")
     return torch.full_like(lengths, 1.0 / divisor)
+
+
+def loss_scale_of(
+    trainer: Any, mask: Int[Tensor, "B T"], inputs: dict[str, Any]
+) -> Float[Tensor, "B 1"]:
+    """`token_loss_scale` of a trainer's micro-batch, before the division by accumulation steps."""
+    # As in TRL's loss: `num_items_in_batch` spans the generation batch.
+    window_tokens = (
+        float(inputs["num_items_in_batch"].clamp(min=1)) / trainer.accelerator.num_processes
+    )
+    return token_loss_scale(
+        trainer.loss_type,
+        mask,
+        max_completion_length=trainer.max_completion_length,
+        window_tokens=window_tokens / trainer.args.steps_per_generation,
+    )
 
 
 def gradient_weights(

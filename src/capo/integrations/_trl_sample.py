@@ -11,7 +11,10 @@ from capo.integrations._trl_head import predicting_positions
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
-    from torch import Tensor, nn
+    from torch import Tensor
+
+    from capo.integrations._trl_sharded import Engine
+    from capo.integrations._trl_world import World
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,11 @@ class Sample:
     hidden: Float[Tensor, "n T d"]
     rows: Int[Tensor, " n"]
 
-    def run(self, backbone: nn.Module) -> Float[Tensor, "tokens d"]:
+    def run(self, engine: Engine) -> Float[Tensor, "tokens d"]:
         """The backbone's output at the positions that predict the counted tokens."""
-        output: Any = backbone(
-            input_ids=torch.cat([self.prompt_ids, self.token_ids], dim=1),
-            attention_mask=self.attention,
-            use_cache=False,
-        )
-        return self.at_tokens(
-            predicting_positions(output.last_hidden_state, self.token_ids.size(1))
-        )
+        ids = torch.cat([self.prompt_ids, self.token_ids], dim=1)
+        hidden = engine.forward(ids, self.attention)
+        return self.at_tokens(predicting_positions(hidden, self.token_ids.size(1)))
 
     def at_tokens(self, values: Tensor) -> Tensor:
         """``values [n, T, …]`` at the counted tokens."""
@@ -68,6 +66,7 @@ def draw_sample(
     hidden: Float[Tensor, "B T d"],
     sequences: int | None,
     generator: torch.Generator,
+    world: World,
 ) -> Sample:
     """Choose completions of a micro-batch: as equal a number of every prompt's as possible.
 
@@ -79,10 +78,25 @@ def draw_sample(
         mask: True on the tokens that count.
         hidden: of the training pass.
         sequences: how many; None for all.
-        generator: on the CPU, for this purpose alone.
+        generator: on the CPU, for this purpose alone; in the same state in all processes.
+        world: the processes, of whose rows together the completions are chosen. One without any
+            contributes its first with weight 0, since all take part in every pass.
     """
-    rows, weight = spread(inputs["prompt_ids"].cpu(), sequences, generator)
+    prompts, own = world.prompts(inputs)
+    rows, weight = spread(prompts, sequences, generator)
+    if not world.alone:
+        mine = (rows >= own.start) & (rows < own.stop)
+        rows, weight = rows[mine] - own.start, weight[mine]
+        if rows.numel() == 0:
+            rows, weight = torch.zeros(1, dtype=torch.long), torch.zeros(1)
     return take_rows(inputs, mask, hidden, rows, weight)
+
+
+def part_of(sequences: int | None, index: int, micro_batches: int) -> int | None:
+    """How many of a step's ``sequences`` micro-batch ``index`` gives: one at least; None for all."""
+    if sequences is None:
+        return None
+    return max(1, sequences * (index + 1) // micro_batches - sequences * index // micro_batches)
 
 
 def take_rows(

@@ -10,6 +10,7 @@ from torch import nn
 import capo
 from capo.core.errors import InputError
 from capo.integrations._trl_head import LMHead
+from capo.integrations._trl_sharded import Engine
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -53,19 +54,19 @@ class StepModel:
         self._fallback = fallback
         self._pending_state: dict[str, Any] | None = None
 
-    def step(self, head: LMHead, optimizer: torch.optim.Optimizer) -> capo.SGDStep | capo.AdamStep:
+    def step(self, head: LMHead, engine: Engine) -> capo.SGDStep | capo.AdamStep:
         """The step model at this moment of training.
 
         Raises:
             InputError: the moments are to be the optimizer's and it has none for the head.
         """
-        group = self._group(head, optimizer)
+        group = self._group(head, engine)
         lr = float(group["lr"])
         if self.kind == "sgd":
             return capo.SGDStep(lr)
         if self.simulated:
             return self._simulated_moments(head, group).adam_step(lr, self.grad_scale)
-        return self._optimizer_step(head.parameter, optimizer, group, lr)
+        return self._optimizer_step(head.parameter, engine, group, lr)
 
     def accumulate(
         self,
@@ -99,6 +100,12 @@ class StepModel:
                 support=curvature.support,
                 **head.logit_options,
             )
+
+    def add(self, gradient: Float[Tensor, "V d"]) -> None:
+        """Add a gradient of the head, that of all processes, to the simulated one of the coming step."""
+        if self.moments is not None:
+            so_far = self.moments.grad
+            self.moments.grad = gradient.clone() if so_far is None else so_far.add_(gradient)
 
     def advance(self, max_norm: float | None = None, grad_norm: float | None = None) -> None:
         """Take the accumulated gradient into the simulated moments.
@@ -142,18 +149,18 @@ class StepModel:
     def _optimizer_step(
         self,
         parameter: nn.Parameter,
-        optimizer: torch.optim.Optimizer,
+        engine: Engine,
         group: dict[str, Any],
         lr: float,
     ) -> capo.AdamStep:
-        state = optimizer.state.get(parameter, {})
+        state = engine.state_of(parameter)
         # Empty before the first step: then the betas tell whether there will be an Adam state.
         has_adam_state = state.keys() >= _ADAM_STATE if state else "betas" in group
         if not (parameter.requires_grad and has_adam_state):
             raise InputError(
                 "moments",
                 f"'optimizer' needs an Adam state ({', '.join(sorted(_ADAM_STATE))}) of the LM head, "
-                f"which {type(optimizer).__name__} does not keep; use 'simulated'.",
+                f"which {type(engine.optimizer).__name__} does not keep; use 'simulated'.",
             )
         return capo.AdamStep(
             lr,
@@ -166,19 +173,20 @@ class StepModel:
             grad_scale=self.grad_scale,
         )
 
-    def _group(self, head: LMHead, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        for group in optimizer.param_groups:
-            if any(parameter is head.parameter for parameter in group["params"]):
-                return group
+    def _group(self, head: LMHead, engine: Engine) -> dict[str, Any]:
+        group = engine.group_of(head.parameter)
+        if group is not None:
+            return group
         # A frozen head (LoRA): the step is the one that training it along would take.
-        return {**self._fallback, "lr": optimizer.param_groups[0]["lr"]}
+        return {**self._fallback, "lr": engine.groups[0]["lr"]}
 
     def _betas(self, group: dict[str, Any]) -> tuple[float, float]:
         beta1, beta2 = group.get("betas", self._fallback["betas"])[:2]
         return float(beta1), float(beta2)
 
     def _eps(self, group: dict[str, Any]) -> float:
-        return float(group.get("eps", self._fallback["eps"]))
+        eps = group.get("eps")  # Adafactor keeps a pair of another meaning under that name
+        return float(eps if isinstance(eps, int | float) else self._fallback["eps"])
 
 
 def _decoupled_decay(group: dict[str, Any]) -> float:

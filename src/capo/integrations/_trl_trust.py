@@ -8,17 +8,12 @@ weight decay included, so that this shortens the step and changes no direction a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from capo.core.proposed import ProposedStep
-from capo.core.statistics.problem import Head
 from capo.core.trust_region import (
     Calibration,
     Divergence,
@@ -38,26 +33,30 @@ from capo.integrations._trl_batch import (
     make_batch,
     shift_record,
 )
+from capo.integrations._trl_collect import Collector
 from capo.integrations._trl_deep import DeepPass, Quadratic
-from capo.integrations._trl_head import LMHead, causal_lm
-from capo.integrations._trl_sample import Sample, draw_sample
+from capo.integrations._trl_ledger import Pending, ledger
+from capo.integrations._trl_sharded import Engine
+from capo.integrations._trl_world import World
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from torch import Tensor
 
-LEAST_SHARE = 0.1
-"""Of the length that the budget allows, what the quadratic's maximiser leaves at least."""
-
 
 class StepControl:
     """Foresees, shortens and measures every optimizer step of a trainer.
+
+    With several processes each tries the step on its own completions, and every mean is over those of
+    all, so that all take the same part of the step.
 
     Args:
         region: what to do.
         iterations: optimizer steps on the same completions.
         seed: of the choice of completions; no other random numbers are touched.
         shift_callbacks: called with a :class:`ShiftRecord` after every step.
+        every_completion: whether every completion has a gradient, whatever its advantage.
+        world: the processes.
     """
 
     def __init__(
@@ -68,24 +67,19 @@ class StepControl:
         seed: int,
         shift_callbacks: list[Callable[[ShiftRecord], None]],
         every_completion: bool = False,
+        world: World | None = None,
     ) -> None:
         self.region = region
         self.iterations = iterations
-        self.seed = seed
         self.shift_callbacks = shift_callbacks
-        self.every_completion = every_completion
+        self.world = world or World()
         self.followed = Followed()
         self.length = StepLength(region.cruise)
         self.calibration = Calibration()
         self.last_policy_shift: float | None = None
-        self._samples: list[Sample] = []
-        self._completions = 0
+        self._collector = Collector(seed, every_completion, self.world)
         self._lrs: list[Any] | None = None
-        self._pending: _Pending | None = None
-        self._micro_batches: list[Tensor] = []  # their completions, by which they are told apart
-        self._previous: _Taken | None = None
-        self._seen_again: list[Tensor] = []
-        self._quadratics: list[Quadratic] = []
+        self._pending: Pending | None = None
 
     # Before the step
 
@@ -103,59 +97,19 @@ class StepControl:
 
         With ``step_length="quadratic"``, `deep` is the micro-batch between loss and backward.
         """
-        name = (self.seed * 1_000_003 + step) * 1_009 + len(self._micro_batches)
-        generator = torch.Generator().manual_seed(name % (1 << 62))
-        if deep is not None and self.region.step_length == "quadratic":
-            self._quadratics.append(deep.quadratic(self.region.depth, generator))
-        sequences = self.region.sequences
-        assert sequences != "auto"  # the trainer knows how many prompts there are
-        self._completions += self._informative(inputs["advantages"])
-        self._see_again(inputs["completion_ids"], hidden)
-        if sequences is not None:
-            done = len(self._samples)
-            sequences = sequences * (done + 1) // accumulation_steps - (
-                sequences * done // accumulation_steps
-            )
-        if sequences == 0:
-            sequences = 1
-        self._samples.append(draw_sample(inputs, mask, hidden, sequences, generator))
-
-    def _informative(self, advantages: Tensor) -> int:
-        if self.every_completion:
-            return advantages.size(0)
-        return int((advantages != 0).reshape(advantages.size(0), -1).any(dim=1).sum())
-
-    def _see_again(self, completions: Tensor, hidden: Float[Tensor, "B T d"]) -> None:
-        """On completions that the last step was of, this pass shows for free what that step did."""
-        previous, index = self._previous, len(self._micro_batches)
-        self._micro_batches.append(completions)
-        if previous is None:
-            return
-        before = previous.micro_batches
-        if index >= len(before) or before[index] is not completions:
-            self._previous = None
-            return
-        self._seen_again.append(previous.batch.samples[index].again(hidden))
-
-    def _last_step(self, head: Head, exact_hidden: bool) -> tuple[float, float] | None:
-        """Policy shift of the last step, and ``κ``: what that is of a unit of learning rate, squared.
-
-        None where this batch is not the last step's, or training passes cannot be compared.
-        """
-        previous, self._previous = self._previous, None
-        seen, self._seen_again = self._seen_again, []
-        if previous is None or not exact_hidden or len(seen) != len(previous.micro_batches):
-            return None
-        batch = previous.batch
-        divergence = batch.reference.to(head_logits(head, torch.cat(seen)[batch.chosen]))
-        shift = float(divergence.policy_shift @ batch.weights / batch.weights.sum())
-        return shift, shift / previous.length**2
+        self._collector.collect(
+            self.region,
+            inputs,
+            mask,
+            hidden,
+            step=step,
+            accumulation_steps=accumulation_steps,
+            deep=deep,
+        )
 
     def before_step(
         self,
-        policy: nn.Module,
-        head: LMHead,
-        optimizer: torch.optim.Optimizer,
+        engine: Engine,
         autocast: Callable[[], AbstractContextManager[Any]],
         *,
         exact_hidden: bool,
@@ -163,59 +117,57 @@ class StepControl:
         """Choose the factor on the step that the gradients propose, and set the learning rates to it.
 
         Args:
-            policy: the unwrapped model.
-            head: its head.
-            optimizer: the torch optimizer that is about to step.
+            engine: policy and optimizer, which is about to step.
             autocast: the trainer's mixed precision.
             exact_hidden: whether another forward pass of the same tokens gives the training pass's
                 hidden states to rounding far below a step's effect (float32 without autocast), so that
                 these can be used again.
         """
-        samples, self._samples = self._samples, []
-        micro_batches, self._micro_batches = self._micro_batches, []
-        completions, self._completions = self._completions, 0
-        quadratics, self._quadratics = self._quadratics, []
-        if not any(bool(sample.mask.any()) for sample in samples):
+        now = self._collector.take()
+        counted = sum(int(sample.mask.sum()) for sample in now.samples)
+        device = now.micro_batches[0].device if now.micro_batches else torch.device("cpu")
+        if not self.world.total_int(counted, device):
             return
-        backbone = causal_lm(policy).base_model
-        lm_head = core_head(head)
+        completions = self.world.total_int(now.completions, device)
 
         def hidden() -> Tensor:  # the head's own sums are done in full precision
             with torch.no_grad(), autocast():
-                return batch.run(backbone)
+                return batch.run(engine)
 
-        with eval_mode(policy):
-            batch = make_batch(samples, lm_head)
+        with eval_mode(engine.policy), engine.reading():
+            head = engine.head()
+            lm_head = core_head(head)
+            batch = make_batch(now.samples, lm_head, self.world)
             if not exact_hidden:
                 batch = batch.with_hidden(hidden(), lm_head)
             probe = Probe(
-                backbone,
+                engine.backbone,
                 hidden,
                 lm_head,
                 head.parameter,
-                ProposedStep(optimizer),
+                engine.proposed_step(),
                 batch.reference,
                 batch.hidden,
                 batch.weights,
+                None if self.world.alone else self.world.total,
             )
-            lr = max(float(group["lr"]) for group in optimizer.param_groups)
-            budget = self._budget(batch, self.followed.step(completions, _momentum(optimizer)))
-            last = self._last_step(lm_head, exact_hidden)
+            lr = max(float(group["lr"]) for group in engine.groups)
+            budget = self._budget(batch, self.followed.step(completions, _momentum(engine)))
+            last = self._collector.last_step(lm_head, exact_hidden)
             self.length.learns = completions > 0
             pending = self._choose(probe, batch, budget, lr, None if last is None else last[1])
         pending.batch, pending.budget = batch, budget
-        if quadratics and budget is not None:
-            pending.shorten(_maximiser(quadratics))
+        if now.quadratics and budget is not None:
+            both = torch.tensor(now.quadratic, dtype=torch.float64, device=device)
+            pending.shorten(Quadratic(*self.world.total(both).tolist()).maximiser)
         pending.last_policy_shift = None if last is None else last[0]
         self._pending = pending
         length = pending.choice.scale * lr
         if length > 0 and self.iterations > 1:
-            self._previous = _Taken(batch, micro_batches, length)
-        self._lrs = _scale_learning_rates(optimizer, pending.choice.scale)
+            self._collector.remember(batch, now.micro_batches, length)
+        self._lrs = _scale_learning_rates(engine, pending.choice.scale)
         if pending.choice.scale == 0.0:  # no finite step: 0 · NaN would still be NaN
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None
+            engine.drop_gradients()
 
     def _budget(self, batch: StepBatch, completions: float) -> float | None:
         shift = self.region.policy_shift
@@ -230,7 +182,7 @@ class StepControl:
         budget: float | None,
         lr: float,
         last_curvature: float | None,
-    ) -> _Pending:
+    ) -> Pending:
         tried: dict[float, Divergence] = {}
 
         def measured(scale: float) -> float:
@@ -242,7 +194,7 @@ class StepControl:
                 # The same completions again: what the last step did foretells what this one will.
                 kappa = last_curvature * lr**2
                 choice = self.length.choose(lambda scale: kappa * scale**2, budget, lr)
-                return _Pending(choice, None)
+                return Pending(choice, None)
             if budget is None:
                 choice = StepChoice(1.0, shift := measured(1.0), shift, 1, capped=False)
             else:
@@ -251,7 +203,7 @@ class StepControl:
             predicted = 0.0
             if nearest:  # to first order from there
                 predicted = probe.mean(tried[nearest]).objective * choice.scale / nearest
-            return _Pending(choice, predicted, divergence=tried.get(choice.scale))
+            return Pending(choice, predicted, divergence=tried.get(choice.scale))
         depth = 0 if self.region.predictor == "head" else self.region.depth
         divergence = probe.along(depth)
         raw = probe.mean(divergence)
@@ -271,26 +223,26 @@ class StepControl:
         else:
             choice = self.length.choose(trial, budget, lr)
         s = choice.scale
-        return _Pending(choice, slope * s + (raw.objective - slope) * s * s, raw.policy)
+        return Pending(choice, slope * s + (raw.objective - slope) * s * s, raw.policy)
 
     # After the step
 
-    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+    def restore(self, engine: Engine) -> None:
         """Give the learning rates back to the scheduler."""
         if self._lrs is not None:
-            for group, lr in zip(optimizer.param_groups, self._lrs, strict=True):
+            for group, lr in zip(engine.groups, self._lrs, strict=True):
                 group["lr"] = lr
         self._lrs = None
 
     def discard(self) -> None:
         """Forget the step: the optimizer skipped it."""
         self._pending = None
+        self._collector.take()  # where it was skipped before it was looked at
 
     @torch.no_grad()
     def after_step(
         self,
-        policy: nn.Module,
-        head: LMHead,
+        engine: Engine,
         autocast: Callable[[], AbstractContextManager[Any]],
         step: int,
     ) -> dict[str, float]:
@@ -304,25 +256,24 @@ class StepControl:
         if pending.objective is None:  # it will be seen in the next pass
             if pending.last_policy_shift is not None:
                 self.last_policy_shift = pending.last_policy_shift
-            return _ledger(pending, pending.batch)
+            return ledger(pending, pending.batch)
         batch = pending.batch
-        backbone = causal_lm(policy).base_model
-        lm_head = core_head(head)
         divergence = pending.divergence
         if divergence is None:
-            with eval_mode(policy), autocast():
-                hidden = batch.run(backbone)
+            with eval_mode(engine.policy), engine.reading():
+                with autocast():
+                    hidden = batch.run(engine)
+                lm_head = core_head(engine.head())
             divergence = batch.reference.to(head_logits(lm_head, hidden))
-        share = batch.weights / batch.weights.sum()
-        measured = float(divergence.policy_shift @ share)
-        observed = float(divergence.objective_shift @ share)
+        measured = batch.mean(divergence.policy_shift)
+        observed = batch.mean(divergence.objective_shift)
         self.last_policy_shift = measured
         if pending.raw is not None and self.region.predictor == "head":
             self.calibration.observe(pending.raw * pending.choice.scale**2, measured)
         for callback in self.shift_callbacks:
             callback(shift_record(batch, divergence, step))
         entries = {"measured_policy_shift": measured, "observed_objective_shift": observed}
-        return _ledger(pending, batch, entries)
+        return ledger(pending, batch, entries)
 
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` continues from: plain numbers."""
@@ -343,94 +294,23 @@ class StepControl:
             self.calibration.load_state_dict(own["calibration"])
 
 
-@dataclass
-class _Pending:
-    """A step between its choice and its measurement."""
-
-    choice: StepChoice
-    objective: float | None  # predicted, of the step as taken, mean over tokens; None: not tried
-    raw: float | None = None  # the predictor's uncalibrated shift of the whole step
-    divergence: Divergence | None = None  # of the very step as taken, where it was tried
-    batch: StepBatch | None = None
-    budget: float | None = None
-    maximiser: float | None = None  # of the objective shift, with step_length="quadratic"
-    last_policy_shift: float | None = None  # of the step before, where this one's pass showed it
-
-    def shorten(self, maximiser: float) -> None:
-        """Take no more of the step than ``maximiser``."""
-        self.maximiser = maximiser
-        if (choice := self.choice).scale <= maximiser:
-            return
-        # Not to nothing: a batch whose halves disagree says little about the momentum's direction.
-        scale = max(maximiser, LEAST_SHARE * choice.scale)
-        share = scale / choice.scale
-        self.choice = replace(choice, scale=scale, predicted=choice.predicted * share**2)
-        self.objective = None if self.objective is None else self.objective * share
-        self.divergence = None  # of another length
-
-
-@dataclass(frozen=True)
-class _Taken:
-    """A step that was taken, to be seen again when its completions are."""
-
-    batch: StepBatch
-    micro_batches: list[Tensor]
-    length: float  # scale × learning rate
-
-
-def _maximiser(quadratics: list[Quadratic]) -> float:
-    slopes, curvatures = zip(*quadratics, strict=True)
-    return Quadratic(sum(slopes), sum(curvatures)).maximiser
-
-
 def _slope(probe: Probe, divergence: Divergence) -> float:
     """First-order objective shift of the whole step: mean of ``A s``."""
     linear = divergence._replace(objective_shift=probe.reference.advantages * divergence.log_ratio)
     return probe.mean(linear).objective
 
 
-def _momentum(optimizer: torch.optim.Optimizer) -> float:
+def _momentum(engine: Engine) -> float:
     """Share of the first moment that the optimizer keeps from step to step."""
-    group = optimizer.param_groups[0]
+    group = engine.groups[0]
     betas = group.get("betas")
     return float(betas[0] if betas else group.get("momentum", 0.0))
 
 
-def _scale_learning_rates(optimizer: torch.optim.Optimizer, scale: float) -> list[Any]:
+def _scale_learning_rates(engine: Engine, scale: float) -> list[Any]:
     """Multiply every group's learning rate; returns what they were."""
-    before = [group["lr"] for group in optimizer.param_groups]
+    before = [group["lr"] for group in engine.groups]
     if scale != 1.0:
-        for group in optimizer.param_groups:
+        for group in engine.groups:
             group["lr"] = group["lr"] * scale
     return before
-
-
-def _ledger(
-    pending: _Pending, batch: StepBatch, measured: dict[str, float] | None = None
-) -> dict[str, float]:
-    choice = pending.choice
-    entries = {
-        "scale": choice.scale,
-        "proposed_policy_shift": choice.proposed,
-        "predicted_policy_shift": choice.predicted,
-        "trials": float(choice.trials if pending.objective is not None else 0),
-        **(measured or {}),
-    }
-    if pending.budget is not None:
-        entries["budget"] = pending.budget
-    if pending.maximiser is not None and math.isfinite(pending.maximiser):
-        entries["maximiser"] = pending.maximiser
-    if pending.last_policy_shift is not None:
-        entries["last_measured_policy_shift"] = pending.last_policy_shift
-    if pending.objective is not None and measured is not None:
-        shift = measured["measured_policy_shift"]
-        # Theorem 5.1 for episodes of at most T tokens, γ = 1 (docs/theorem.md).
-        longest = int(batch.lengths.max())
-        largest = float(batch.reference.advantages.abs().max())
-        constant = math.sqrt(2.0) * largest * longest * (longest - 1)
-        entries["predicted_objective_shift"] = pending.objective
-        entries["omega"] = pending.objective * batch.mean_length
-        entries["penalty"] = constant * math.sqrt(max(shift, 0.0))
-        if pending.budget is not None:
-            entries["met"] = float(shift <= pending.budget)
-    return {f"capo/trust/{name}": value for name, value in entries.items()}

@@ -24,10 +24,8 @@ bit for bit.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,37 +35,39 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 import capo
-from capo.core.errors import InputError
-from capo.core.trust_region import auto_sequences, last_layers
+from capo.core.token_rules import TokenContext, TokenRule
 from capo.integrations._trl_batch import ShiftRecord
+from capo.integrations._trl_card import PAPER, TAGS, add_section, card_section
 from capo.integrations._trl_config import CAPOConfig
 from capo.integrations._trl_deep import DeepPass
 from capo.integrations._trl_head import (
     capture_hidden,
-    causal_lm,
     predicting_positions,
     read_head,
 )
 from capo.integrations._trl_judge import (
-    Judge,
+    REWARD,
     PolicyPass,
     TokenRecord,
     shift_metrics,
     token_record,
 )
-from capo.integrations._trl_loss import LOSS_TYPES, GradientGate, token_loss_scale
+from capo.integrations._trl_layout import make_engine
+from capo.integrations._trl_loss import GradientGate, loss_scale_of
+from capo.integrations._trl_make import ShiftCallback, TokenWatch, make_control, make_judge
+from capo.integrations._trl_sharded import Engine
 from capo.integrations._trl_state import load_state, save_state
-from capo.integrations._trl_step import StepModel, unwrapped_optimizer
+from capo.integrations._trl_step import unwrapped_optimizer
 from capo.integrations._trl_trust import StepControl
+from capo.integrations._trl_world import World
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-__all__ = ["CAPOConfig", "CAPOTrainer", "ShiftRecord", "TokenRecord"]
+__all__ = ["CAPOConfig", "CAPOTrainer", "ShiftRecord", "TokenRecord", "card_section"]
 
 TokenCallback = Callable[[TokenRecord], None]
-ShiftCallback = Callable[[ShiftRecord], None]
 
 
 class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
@@ -77,24 +77,34 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         *args: as for `GRPOTrainer`; `args` may be a plain `GRPOConfig`, which selects nothing.
         token_callbacks: called with a :class:`TokenRecord` for every micro-batch that was judged.
         shift_callbacks: called with a :class:`ShiftRecord` for every step that was measured.
+        token_watch: where nothing is selected, judge the tokens for `token_callbacks` alone in the steps
+            for which this is True (it is called with the optimizer steps taken before). The training
+            stays the same to the bit, and no metric is added. Adam's moments must be the optimizer's own.
         **kwargs: as for `GRPOTrainer`.
 
     Raises:
         InputError: the configuration does not fit the model or the way it is trained.
     """
 
+    _tag_names = TAGS
+    _name = "CAPO"
+    _paper = PAPER
+
     def __init__(
         self,
         *args: Any,
         token_callbacks: list[TokenCallback] | None = None,
         shift_callbacks: list[ShiftCallback] | None = None,
+        token_watch: TokenWatch | None = None,
         **kwargs: Any,
     ) -> None:
         """Build the trainer as TRL does; then check that what it trains can be judged."""
         super().__init__(*args, **kwargs)
         self.token_callbacks = list(token_callbacks or ())
-        self._judge = self._make_judge()
-        self._control = self._make_control(list(shift_callbacks or ()))
+        self._judge, self._watch = make_judge(self, self._world, token_watch)
+        self._control = make_control(self, self._world, list(shift_callbacks or ()))
+        self._known_engine: Engine | None = None
+        self._unwrapped: torch.nn.Module | None = None
         self._gate: GradientGate | None = None
         self._grad_norm: float | None = None
         self._rewards: Tensor | None = None
@@ -106,84 +116,36 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         """Measured policy shift of the last optimizer step (nats a token); None without `trust_region`."""
         return None if self._control is None else self._control.last_policy_shift
 
-    def _check_depth(self, field_name: str, depth: int | str) -> None:
-        try:
-            last_layers(causal_lm(self.model).base_model, depth)
-        except InputError as error:
-            raise InputError(field_name, error.message) from None
+    @property
+    def _world(self) -> World:
+        return World(self.accelerator.num_processes, self.accelerator.process_index)
 
-    def _single_process(self, field_name: str) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.accelerator.num_processes > 1:
-            raise InputError(
-                field_name,
-                "is not supported with FSDP, DeepSpeed or several processes yet; train in a single "
-                f"process or set {field_name}=None.",
-            )
-
-    def _make_control(self, shift_callbacks: list[ShiftCallback]) -> StepControl | None:
-        region = self.args.region() if isinstance(self.args, CAPOConfig) else None
-        if region is None:
-            return None
-        self._single_process("trust_region")
-        policy = self.model
-        if region.predictor == "deep" or region.step_length == "quadratic":
-            self._check_depth("trust_region.depth", region.depth)
-        read_head(policy, self.temperature)
-        if region.sequences == "auto":
-            batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-            prompts = math.ceil(batch / self.args.num_generations)
-            region = replace(region, sequences=auto_sequences(prompts))
-        return StepControl(
-            region,
-            iterations=self.args.num_iterations,
-            seed=self.args.seed,
-            shift_callbacks=shift_callbacks,
-            # The KL penalty gives every completion a gradient.
-            every_completion=self.args.beta > 0,
-        )
-
-    def _make_judge(self) -> Judge | None:
-        args = self.args
-        rule = args.rule() if isinstance(args, CAPOConfig) else None
-        if rule is None:
-            return None
-        self._single_process("selection")
-        if args.depth is not None:
-            self._check_depth("depth", args.depth)
-        if self.loss_type not in LOSS_TYPES:
-            raise InputError("loss_type", f"must be one of {', '.join(LOSS_TYPES)} with selection.")
-        vocabulary = read_head(self.model, self.temperature).weight.size(0)
-        if args.curvature_top_k is not None and args.curvature_top_k > vocabulary:
-            raise InputError(
-                "curvature_top_k",
-                f"must be at most the vocabulary size {vocabulary} or None for all of it, "
-                f"got {args.curvature_top_k}.",
-            )
-        step_model = StepModel(
-            args.step_model,
-            args.moments,
-            args.grad_scale,
-            {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon},
-        )
-        options = {
-            "fisher": args.fisher,
-            "top_k": args.curvature_top_k,
-            "renormalize": args.renormalize,
-            "impl": args.impl,
-        }
-        return Judge(rule, step_model, options)
+    def _engine(self) -> Engine:
+        """Policy and optimizer as they are now; both are replaced when training begins."""
+        known = self._known_engine
+        optimizer = unwrapped_optimizer(self.optimizer)
+        # Unwrapping walks over all modules, which is not for every micro-batch.
+        if known is None or self._unwrapped is not self.model or known.optimizer is not optimizer:
+            policy, self._unwrapped = self.accelerator.unwrap_model(self.model), self.model
+            known = make_engine(self.accelerator, policy, optimizer, self.temperature, self._world)
+            known.around_step(self._foresee)
+            self._known_engine = known
+        return known
 
     # Between the loss and its backward pass
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
-        if (self._judge is None and self._control is None) or not self.model.training:
+        judges = self._judge is not None and (
+            self._watch is None or self._watch(self.state.global_step)
+        )
+        if not (judges or self._control is not None) or not self.model.training:
             unchanged: Tensor = super()._compute_loss(model, inputs)
             return unchanged
-        policy = self.accelerator.unwrap_model(model)
+        engine = self._engine()
         halves = self._control is not None and self._control.region.step_length == "quadratic"
-        gate = self._gate = GradientGate() if self._judge is not None or halves else None
+        gate = self._gate = GradientGate() if judges or halves else None
         try:
-            with capture_hidden(policy) as passes:
+            with capture_hidden(engine.policy) as passes:
                 loss: Tensor = super()._compute_loss(model, inputs)
         finally:
             self._gate = None
@@ -191,11 +153,13 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         mask = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
         hidden = predicting_positions(torch.cat(passes), mask.size(1))
         deep = None
-        if gate is not None and bool(mask.any()):
+        depth = getattr(self.args, "depth", None)
+        # With several processes all take part, whether they have tokens or not.
+        some = not engine.world.alone or bool(mask.any())
+        if gate is not None and some and (halves or depth is not None):
             deep = DeepPass(
-                policy=policy,
-                head=read_head(policy, self.temperature),
-                optimizer=unwrapped_optimizer(self.optimizer),
+                engine=engine,
+                head=engine.head(),
                 autocast=self.accelerator.autocast,
                 loss=loss,
                 gate=gate,
@@ -205,10 +169,9 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 accumulation_steps=self.current_gradient_accumulation_steps,
                 max_grad_norm=self.args.max_grad_norm or 0.0,
             )
-        if gate is not None and self._judge is not None:
-            depth = getattr(self.args, "depth", None)
+        if gate is not None and judges:
             curvature = None if deep is None or depth is None else deep.curvature(depth)
-            self._select(policy, inputs, mask, hidden, loss, gate, curvature)
+            self._select(engine, inputs, mask, hidden, loss, gate, curvature)
         if self._control is not None:
             self._control.collect(
                 inputs,
@@ -222,7 +185,7 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _select(
         self,
-        policy: torch.nn.Module,
+        engine: Engine,
         inputs: dict[str, Any],
         mask: Tensor,
         hidden: Tensor,
@@ -231,40 +194,54 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         curvature: capo.TokenCurvature | None,
     ) -> None:
         assert self._judge is not None
+        gradient = gate.gradient(loss)
         judged = PolicyPass(
             hidden=hidden,
             token_ids=inputs["completion_ids"],
             mask=mask.bool(),
-            loss_gradient=gate.gradient(loss),
-            loss_scale=self._loss_scale(mask, inputs) / self.current_gradient_accumulation_steps,
+            loss_gradient=gradient,
+            loss_scale=loss_scale_of(self, mask, inputs) / self.current_gradient_accumulation_steps,
             accumulation_steps=self.current_gradient_accumulation_steps,
+            context=self._context(inputs, gate, gradient),
         )
-        head = read_head(policy, self.temperature)
-        optimizer = unwrapped_optimizer(self.optimizer)
-        verdict = self._judge.judge(judged, head, optimizer, curvature)
-        gate.weights = verdict.weights
-        for name, value in shift_metrics(verdict, judged.mask).items():
-            self._metrics["train"][name].append(value)
+        verdict = self._judge.judge(judged, engine.head(), engine, curvature)
+        if self._watch is None:
+            gate.weights, gate.offset = verdict.weights, verdict.offset
+            for name, value in shift_metrics(verdict).items():
+                self._metrics["train"][name].append(value)
         if self.token_callbacks:
             record = token_record(self.state.global_step, inputs, judged, verdict)
             for callback in self.token_callbacks:
                 callback(record)
+
+    def _context(
+        self, inputs: dict[str, Any], gate: GradientGate, gradient: Tensor
+    ) -> TokenContext | None:
+        if self._judge is None or not isinstance(self._judge.rule, TokenRule):
+            return None
+        assert gate.output is not None, "the gate has seen the loss"
+        token_ids, advantages = inputs["completion_ids"], inputs["advantages"]
+        advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+        old = inputs.get("old_per_token_logps")
+        # Left-padded alike within a batch, so equal prompts are equal rows.
+        group = torch.unique(inputs["prompt_ids"], dim=0, return_inverse=True)[1]
+        per_generation = self.args.steps_per_generation // self.args.gradient_accumulation_steps
+        passes = self.state.global_step // max(1, per_generation)
+        return TokenContext(
+            token_ids=token_ids,
+            advantage=advantages.expand_as(token_ids),
+            old_log_prob=(gate.output if old is None else old).detach(),
+            acting=gradient != 0,
+            group=group,
+            iteration=passes % self.num_iterations,
+            seed=self.args.seed + 1_000_003 * self.state.global_step + int(token_ids.sum()),
+        )
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         log_probs, *others = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if self._gate is not None:
             log_probs = self._gate(log_probs)
         return (log_probs, *others)
-
-    def _loss_scale(self, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
-        # As in TRL's loss: `num_items_in_batch` spans the generation batch.
-        window_tokens = float(inputs["num_items_in_batch"].clamp(min=1))
-        return token_loss_scale(
-            self.loss_type,
-            mask,
-            max_completion_length=self.max_completion_length,
-            window_tokens=window_tokens / self.args.steps_per_generation,
-        )
 
     # Moments: once per optimizer step, with the gradient as it was clipped
 
@@ -274,25 +251,27 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         return norm
 
     def _before_step(self) -> None:
+        if not self._engine().steps_in_backward:
+            self._foresee()
+
+    def _foresee(self) -> None:
         if self._control is None:
             return
-        policy = self.accelerator.unwrap_model(self.model)
-        head = read_head(policy, self.temperature)
+        engine = self._engine()
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients()  # done already where gradients are clipped
+        dtype = read_head(engine.policy, self.temperature).parameter.dtype
         self._control.before_step(
-            policy,
-            head,
-            unwrapped_optimizer(self.optimizer),
+            engine,
             self.accelerator.autocast,
             exact_hidden=self.accelerator.mixed_precision == "no"
-            and head.weight.dtype in (torch.float32, torch.float64),
+            and dtype in (torch.float32, torch.float64),
         )
 
     def _after_step(self) -> None:
         skipped = self.accelerator.optimizer_step_was_skipped  # overflow under fp16
         if self._control is not None:
-            self._control.restore(unwrapped_optimizer(self.optimizer))
+            self._control.restore(self._engine())
             if skipped:
                 self._control.discard()
             else:
@@ -307,37 +286,44 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self._grad_norm = None
 
     def _measure(self, control: StepControl) -> None:
-        policy = self.accelerator.unwrap_model(self.model)
-        head = read_head(policy, self.temperature)
         ledger = control.after_step(
-            policy, head, self.accelerator.autocast, self.state.global_step + 1
+            self._engine(), self.accelerator.autocast, self.state.global_step + 1
         )
         for name, value in ledger.items():
             self._metrics["train"][name].append(value)
 
-    # REINFORCE without a baseline
+    # Rewards: of REINFORCE without a baseline, and to be recorded
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         rewards: Tensor = super()._calculate_rewards(*args, **kwargs)
-        if getattr(self.args, "advantage_baseline", "group") == "none":
-            weighted = rewards * self.reward_weights.to(rewards.device)
-            self._rewards = weighted.nansum(dim=1)  # no reward at all counts as none: 0
+        weighted = rewards * self.reward_weights.to(rewards.device)
+        self._rewards = weighted.nansum(dim=1)  # no reward at all counts as none: 0
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        if self._rewards is not None:
-            own = output["advantages"].size(0)
-            start = self.accelerator.process_index * own
+        if self._rewards is None:
+            return output
+        own = output["advantages"].size(0)
+        start = self.accelerator.process_index * own
+        if self.token_callbacks:  # shuffled and split along with its completions
+            output[REWARD] = self._rewards[start : start + own]
+        if getattr(self.args, "advantage_baseline", "group") == "none":
             output["advantages"] = self._rewards[start : start + own]
             logged = self._logs["advantages"]  # the batch's group advantages are its last entries
             for _ in range(min(len(logged), self._rewards.numel())):
                 logged.pop()
             logged.extend(self._rewards.tolist())
-            self._rewards = None
+        self._rewards = None
         return output
 
-    # Checkpoints
+    # Model card and checkpoints
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the draft of a model card as TRL does, with a section on what CAPO did and saw."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            add_section(Path(self.args.output_dir) / "README.md", card_section(self))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

@@ -44,6 +44,7 @@ class Probe:
         reference: the distributions before the step.
         hidden_before: what ``hidden()`` gave before the step, ``[M, d]``.
         weights: ``[M]`` weights of the tokens in every mean; None for equal ones.
+        total: sums a tensor over the processes that hold tokens of the same step; None for one process.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Probe:
         reference: Reference,
         hidden_before: Float[Tensor, "M d"],
         weights: Float[Tensor, " M"] | None = None,
+        total: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.backbone = backbone
         self.hidden = hidden
@@ -65,6 +67,7 @@ class Probe:
         self.reference = reference
         self.hidden_before = hidden_before
         self.weights = weights
+        self.total = total
         self.forward_mode = True  # until an operation is found to have none
         self.passes = 0
 
@@ -102,7 +105,9 @@ class Probe:
         return raw * slope / self.head.temperature
 
     def mean(self, divergence: Divergence) -> MeanShift:
-        """The weighted means over the tokens."""
+        """The weighted means over the tokens, those of all processes."""
+        if self.total is not None:
+            return self._global_mean(divergence, self.total)
         if divergence.policy_shift.numel() == 0:
             return MeanShift(0.0, 0.0)
         weights = self.weights
@@ -111,6 +116,12 @@ class Probe:
         share = (weights / weights.sum()).to(divergence.policy_shift.dtype)
         both = torch.stack([divergence.policy_shift @ share, divergence.objective_shift @ share])
         return MeanShift(*both.tolist())
+
+    def _global_mean(self, divergence: Divergence, total: Callable[[Tensor], Tensor]) -> MeanShift:
+        shifts = torch.stack([divergence.policy_shift, divergence.objective_shift]).double()
+        weights = torch.ones_like(shifts[0]) if self.weights is None else self.weights.double()
+        *sums, weight = total(torch.cat([shifts @ weights, weights.sum()[None]])).tolist()
+        return MeanShift(*(s / weight for s in sums)) if weight else MeanShift(0.0, 0.0)
 
     def _hidden_tangent(self, depth: Depth) -> Float[Tensor, "M d"]:
         trial = StepTrial(self.backbone, self.step_of, last_layers(self.backbone, depth))

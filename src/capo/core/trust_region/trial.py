@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.autograd.forward_ad as fwd
@@ -22,6 +22,21 @@ if TYPE_CHECKING:
 
 StepOf = Callable[[nn.Parameter], "Tensor | None"]
 """What a step would add to a parameter, in any float dtype; None where it would add nothing."""
+
+
+@runtime_checkable
+class Moves(Protocol):
+    """A step that knows better than to be gathered and added: one of sharded parameters."""
+
+    def __call__(self, parameter: nn.Parameter, /) -> Tensor | None:
+        """As any :data:`StepOf`."""
+
+    def moved(self, parameter: nn.Parameter, current: Tensor, scale: float) -> Tensor | None:
+        """What to run with in place of ``current`` after ``scale`` times the step, in its dtype."""
+
+
+Replace = Callable[[nn.Parameter, "Tensor"], "Tensor | None"]
+"""What to run with in place of a parameter and its present value; None to leave it."""
 
 T = TypeVar("T")
 
@@ -42,7 +57,10 @@ class StepTrial:
         self.model = model
         self.step_of = step_of
         chosen = set(model.modules() if modules is None else modules)
-        self._owners = [m for m in model.modules() if m in chosen and _own_parameters(m)]
+        # As the optimizer knows them: what a module runs with may be another tensor (a gathered shard).
+        self._owners = {
+            m: own for m in model.modules() if m in chosen and (own := _own_parameters(m))
+        }
         # Modules whose parameters are read by others without a call (PEFT's parameter dicts, say).
         self._not_called: set[nn.Module] = set()
 
@@ -52,15 +70,22 @@ class StepTrial:
         The parameters' own dtype is kept, so that a narrow one rounds the step as it would be rounded.
         """
 
-        def displaced(parameter: nn.Parameter) -> Tensor | None:
+        def displaced(parameter: nn.Parameter, current: Tensor) -> Tensor | None:
             step = self.step_of(parameter)
             if step is None:
                 return None
-            value = parameter.detach()
+            value = current.detach()
             return torch.add(value.to(step.dtype), step, alpha=scale).to(value.dtype)
 
+        replace: Replace = displaced
+        if isinstance(step_of := self.step_of, Moves):
+            move = step_of.moved
+
+            def replace(parameter: nn.Parameter, current: Tensor) -> Tensor | None:
+                return move(parameter, current, scale)
+
         with torch.no_grad():
-            return self._run(displaced, call)
+            return self._run(replace, call)
 
     def tangent(self, call: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         """``(call(), d call()/d scale)`` at scale 0, by forward-mode differentiation.
@@ -72,11 +97,11 @@ class StepTrial:
                 kernels); use :meth:`after` at a small scale there.
         """
 
-        def dual(parameter: nn.Parameter) -> Tensor | None:
+        def dual(parameter: nn.Parameter, current: Tensor) -> Tensor | None:
             step = self.step_of(parameter)
             if step is None:
                 return None
-            value = parameter.detach()
+            value = current.detach()
             made: Tensor = fwd.make_dual(value, step.to(value.dtype))  # type: ignore[no-untyped-call]
             return made
 
@@ -85,11 +110,11 @@ class StepTrial:
             primal, tangent = fwd.unpack_dual(output)  # type: ignore[no-untyped-call]
             return primal, torch.zeros_like(primal) if tangent is None else tangent
 
-    def _run(self, replace: Callable[[nn.Parameter], Tensor | None], call: Callable[[], T]) -> T:
+    def _run(self, replace: Replace, call: Callable[[], T]) -> T:
         called: set[nn.Module] = set()
         with _replaced(self._owners, replace, self._not_called, called):
             result = call()
-        missed = {m for m in self._owners if m not in called} - self._not_called
+        missed = set(self._owners) - called - self._not_called
         if not missed:
             return result
         self._not_called |= missed
@@ -98,8 +123,8 @@ class StepTrial:
 
 @contextmanager
 def _replaced(
-    owners: list[nn.Module],
-    replace: Callable[[nn.Parameter], Tensor | None],
+    owners: dict[nn.Module, dict[str, nn.Parameter]],
+    replace: Replace,
     at_once: set[nn.Module],
     called: set[nn.Module],
 ) -> Iterator[None]:
@@ -112,7 +137,7 @@ def _replaced(
         if module in real:  # re-entered
             return
         own = _own_parameters(module)
-        swapped = {name: replace(parameter) for name, parameter in own.items()}
+        swapped = {name: replace(p, own[name]) for name, p in owners[module].items() if name in own}
         real[module] = {name: own[name] for name, value in swapped.items() if value is not None}
         for name, value in swapped.items():
             if value is not None:
@@ -128,7 +153,9 @@ def _replaced(
                 enter(module)
             else:
                 handles.append(module.register_forward_pre_hook(enter))
-                handles.append(module.register_forward_hook(leave, always_call=True))
+                # First of all hooks: a sharded module's own takes its parameters away afterwards.
+                hook = module.register_forward_hook(leave, prepend=True, always_call=True)
+                handles.append(hook)
         yield
     finally:
         for handle in handles:
