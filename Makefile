@@ -7,14 +7,17 @@ STAMP  := $(VENV)/.installed
 # Published problems for the grading tests; see docs/grading.md. Without them those tests are skipped.
 export CAPO_DATA_DIR
 
-.PHONY: demo test test-fast lint docs docs-serve format clean
+VERL   := .venv-verl
+
+.PHONY: demo test test-fast test-verl lint docs docs-serve format clean
 
 # torch 2.13.0 goes first: pip then takes the CPU build and no CUDA package is pulled in.
+# DeepSpeed's own kernels are not built; ZeRO needs none.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[trl,lab,tasks,docs,dev]'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[trl,deepspeed,lab,tasks,docs,dev]'
 	touch $@
 
 demo: $(STAMP)
@@ -25,6 +28,19 @@ test: $(STAMP) lint
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+# verl and TRL want different transformers: an environment of its own. The torch that comes first is a CPU one.
+$(VERL)/.installed: pyproject.toml constraints-verl.txt
+	test -x $(VERL)/bin/python || $(PYTHON) -m venv $(VERL)
+	$(VERL)/bin/python -m pip install --quiet --upgrade pip
+	$(VERL)/bin/python -m pip install --quiet torch==2.13.0
+	$(VERL)/bin/python -m pip install --quiet --constraint constraints-verl.txt --editable '.[verl]' \
+	  pytest pytest-timeout
+	touch $@
+
+# Two gloo processes under torchrun, two workers under Ray; about five minutes.
+test-verl: $(VERL)/.installed
+	$(VERL)/bin/python -m pytest tests/verl_engine
 
 # The site, in build/site; any warning is an error. The variable silences the theme's advertisement.
 docs: $(STAMP)
@@ -43,4 +59,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VERL) runs build dist .pytest_cache .mypy_cache .ruff_cache
