@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from capo import InputError
 from capo.tasks import Problem, Task, load_task
-from capo.tasks.sums import is_held_out, problem_of
+from capo.tasks.sums import Sums, is_held_out, problem_of
 
 SUMS = load_task("sums")
 PROBLEM = problem_of((37, 58, 26))
@@ -119,3 +119,20 @@ def test_bad_count(n: int) -> None:
     with pytest.raises(InputError) as error:
         SUMS.train_problems(n, 0)
     assert error.value.field == "n"
+
+
+def test_reward_noise_turns_its_share_of_the_rewards_round_and_no_evaluation():
+    task = Sums(reward_noise=0.2)
+    problem = task.train_problems(1, 0)[0]
+    right = f"1+1={problem.answer}"
+    rewards = [task.training_reward(right, problem, draw) for draw in range(4000)]
+    assert rewards == [task.training_reward(right, problem, draw) for draw in range(4000)]
+    assert abs(rewards.count(0.0) / 4000 - 0.2) < 0.03
+    assert task.grade(right, problem) == 1.0
+    assert {Sums().training_reward(right, problem, draw) for draw in range(100)} == {1.0}
+
+
+@pytest.mark.parametrize("noise", [-0.1, 0.5, True, "much"])
+def test_impossible_reward_noise_is_named(noise):
+    with pytest.raises(InputError, match="reward_noise"):
+        Sums(reward_noise=noise)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -71,14 +72,12 @@ def _directory_of(source: str) -> Path:
 
 
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
     # Without this check transformers would make up an empty tokenizer from config.json alone.
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     if not any((directory / name).is_file() for name in names):
         raise InputError("policy.path", f"'{directory}' has no tokenizer; it needs tokenizer.json.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = _tokenizer_class(directory).from_pretrained(directory, local_files_only=True)
     except Exception as error:
         raise InputError(
             "policy.path", f"the tokenizer in '{directory}' cannot be loaded: {_brief(error)}"
@@ -89,6 +88,20 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             f"the tokenizer in '{directory}' has no eos_token, so no completion could end.",
         )
     return tokenizer
+
+
+def _tokenizer_class(directory: Path) -> Any:
+    """The class that reads the tokenizer as it was saved.
+
+    transformers takes a Qwen2's tokenizer for Qwen2's own, with other pieces and another end, even
+    where its file says that it is not.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    file = directory / "tokenizer_config.json"
+    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    generic = said.get("tokenizer_class") == PreTrainedTokenizerFast.__name__
+    return PreTrainedTokenizerFast if generic else AutoTokenizer
 
 
 def _load_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -1,7 +1,8 @@
-"""The recipe of the embedded policy: supervised pre-training on a mixture of strategies.
+"""Supervised pre-training of a tiny policy on a mixture of strategies.
 
-``capo pretrain --output DIR`` runs it with the defaults below, which are the recipe of the shipped
-checkpoint. Everything is procedural: no data file is read.
+``capo pretrain --output DIR`` runs it with the defaults of `PretrainConfig`, which are the recipe of
+the shipped checkpoint; other recipes are in `capo.policies.recipes`. Everything is procedural: no
+data file is read.
 """
 
 from __future__ import annotations
@@ -21,24 +22,27 @@ import torch
 import torch.nn.functional as F
 
 from capo.core.errors import InputError
+from capo.policies.architectures import build_model
+from capo.policies.lessons import Teacher, draw_lessons, make_teacher, task_of
 from capo.policies.loading import Policy
 from capo.policies.measure import measure
 from capo.policies.pretrain_config import PretrainConfig
-from capo.policies.strategies import STRATEGIES
-from capo.policies.tokenizer import EOS, PAD, VOCABULARY, build_tokenizer
-from capo.tasks.sums import Sums, draw_terms, is_held_out, problem_of
+from capo.policies.tokenizer import build_tokenizer, train_bpe
 
 if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from capo.tasks import Task
 
 __all__ = ["PretrainConfig", "PretrainReport", "pretrain", "weights_hash"]
 
 WEIGHTS = "model.safetensors"
 RECIPE = "recipe.json"
 _IGNORED = -100  # label of a position without a loss, F.cross_entropy's own default
-_PROMPT_AND_COMPLETION = 128  # positions; the sums need 34
+_TEXTS_FOR_MERGES = 4000  # lessons that a BPE tokenizer is trained on
+_TRIES = 1000  # lessons in a row that are too long, before the recipe counts as impossible
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,14 @@ def pretrain(
         raise InputError("output", f"'{directory}' is not empty; give another or --overwrite.")
     started = time.monotonic()
     with _deterministic(config.seed, config.threads):
-        tokenizer = build_tokenizer(_PROMPT_AND_COMPLETION)
-        model = build_model(config)
-        losses = list(_train(model, config, progress))
+        batches = Batches.of(config)
+        task, tokenizer = batches.task, batches.tokenizer
+        model = build_model(config, tokenizer)
+        losses = list(_train(model, batches, progress))
         model.eval()
         policy = Policy(model=model, tokenizer=tokenizer, source=str(directory))
         measured = measure(
-            policy, Sums(), problems=config.eval_problems, k=config.eval_k, seed=config.eval_seed
+            policy, task, problems=config.eval_problems, k=config.eval_k, seed=config.eval_seed
         )
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory)
@@ -105,53 +110,103 @@ def pretrain(
     return PretrainReport(directory=directory, losses=losses, recipe=recipe)
 
 
-def build_model(config: PretrainConfig) -> PreTrainedModel:
-    """A Qwen2 with random weights. The head is its own, not the transposed embedding."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    ids = {"eos_token_id": VOCABULARY[EOS], "pad_token_id": VOCABULARY[PAD], "bos_token_id": None}
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(VOCABULARY),
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.heads,
-            max_position_embeddings=_PROMPT_AND_COMPLETION,
-            tie_word_embeddings=False,
-            **ids,
-        )
-    )
+def make_tokenizer(config: PretrainConfig, task: Task) -> PreTrainedTokenizerBase:
+    """The tokenizer of a recipe, trained on lessons of its task where it is a BPE."""
+    if config.vocabulary is None:
+        return build_tokenizer(config.positions)
+    rng, teacher = random.Random(f"merges {config.seed}"), make_teacher(task, config.seed)
+    lessons = draw_lessons(rng, config, teacher, _TEXTS_FOR_MERGES)
+    texts = [lesson.prompt + lesson.completion for lesson in lessons]
+    return train_bpe(texts, config.vocabulary, config.positions)
 
 
-def draw_batch(
-    rng: random.Random, config: PretrainConfig
-) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """Draw sums outside the eval split, each answered by a strategy of the mixture.
+Row = tuple[list[int], list[int]]
+"""The tokens of a prompt and of its completion with the end-of-sequence token."""
 
-    Returns:
-        token ids ``[B, T]``, right-padded, and labels ``[B, T]`` in which only the answer and its
-        end-of-sequence token count.
+
+def _length(row: Row) -> int:
+    return len(row[0]) + len(row[1])
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches of lessons as tokens.
+
+    Attributes:
+        config: the recipe.
+        task: of the problems; none is from its held-out split.
+        teacher: who answers them.
+        tokenizer: of prompts and completions.
     """
-    task = Sums()
-    names = list(config.strategies)
-    chosen = rng.choices(names, weights=[config.strategies[k] for k in names], k=config.batch_size)
-    rows: list[tuple[list[int], int]] = []
-    for name in chosen:
-        terms = draw_terms(rng, task.smallest, task.largest)
-        while is_held_out(terms):
-            terms = draw_terms(rng, task.smallest, task.largest)
-        prompt = problem_of(terms).prompt
-        text = prompt + STRATEGIES[name](terms, rng)
-        rows.append(([VOCABULARY[c] for c in text] + [VOCABULARY[EOS]], len(prompt)))
-    length = max(len(ids) for ids, _ in rows)
-    tokens = torch.full((len(rows), length), VOCABULARY[PAD])
-    labels = torch.full((len(rows), length), _IGNORED)
-    for row, (ids, prompt_length) in enumerate(rows):
-        tokens[row, : len(ids)] = torch.tensor(ids)
-        labels[row, prompt_length : len(ids)] = torch.tensor(ids[prompt_length:])
-    return tokens, labels
+
+    config: PretrainConfig
+    task: Task
+    teacher: Teacher
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def of(cls, config: PretrainConfig) -> Batches:
+        """The batches of a recipe, its tokenizer included."""
+        task = task_of(config)
+        tokenizer = make_tokenizer(config, task)
+        return cls(config, task, make_teacher(task, config.seed), tokenizer)
+
+    def stream(self, rng: random.Random) -> Iterator[tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]]:
+        """Batches without end, as `draw` returns them."""
+        size, together = self.config.batch_size, self.config.sorted_batches
+        while True:
+            rows = self._rows(rng, size * together)
+            if together > 1:  # alike in length: less padding
+                rows.sort(key=_length)
+            starts = list(range(0, len(rows), size))
+            if together > 1:
+                rng.shuffle(starts)
+            for start in starts:
+                yield self._padded(rows[start : start + size])
+
+    def draw(self, rng: random.Random) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+        """Draw a batch. A completion that the task leaves no room for gives way to another.
+
+        Returns:
+            token ids ``[B, T]``, right-padded, and labels ``[B, T]`` in which only the completion and
+            its end-of-sequence token count.
+
+        Raises:
+            InputError: the task leaves hardly any completion room.
+        """
+        return self._padded(self._rows(rng, self.config.batch_size))
+
+    def _padded(self, rows: list[Row]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+        length = max(_length(row) for row in rows)
+        tokens = torch.full((len(rows), length), self.tokenizer.pad_token_id)
+        labels = torch.full((len(rows), length), _IGNORED)
+        for row, (prompt, completion) in enumerate(rows):
+            end = len(prompt) + len(completion)
+            tokens[row, :end] = torch.tensor(prompt + completion)
+            labels[row, len(prompt) : end] = torch.tensor(completion)
+        return tokens, labels
+
+    def _rows(self, rng: random.Random, count: int) -> list[Row]:
+        """Prompts and completions as tokens."""
+        rows: list[Row] = []
+        for _ in range(_TRIES):
+            rows += self._fitting(rng, count - len(rows))
+            if len(rows) == count:
+                return rows
+        raise InputError(
+            "task.params.max_completion_tokens",
+            f"is too small for worked answers: {self.task.max_completion_tokens}.",
+        )
+
+    def _fitting(self, rng: random.Random, count: int) -> list[Row]:
+        """``count`` lessons as tokens, less those that are too long."""
+        lessons = draw_lessons(rng, self.config, self.teacher, count)
+        prompts = self.tokenizer([lesson.prompt for lesson in lessons])["input_ids"]
+        completions = self.tokenizer([lesson.completion for lesson in lessons])["input_ids"]
+        ended = [[*ids, self.tokenizer.eos_token_id] for ids in completions]
+        pairs = zip(prompts, ended, strict=True)
+        limit = self.task.max_completion_tokens
+        return [pair for pair in pairs if len(pair[1]) <= limit]
 
 
 def weights_hash(directory: str | Path) -> str:
@@ -161,9 +216,10 @@ def weights_hash(directory: str | Path) -> str:
 
 def _train(
     model: PreTrainedModel,
-    config: PretrainConfig,
+    batches: Batches,
     progress: Callable[[int, int, float], None] | None,
 ) -> Iterator[float]:
+    config = batches.config
     rng = random.Random(config.seed)
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -172,10 +228,9 @@ def _train(
         weight_decay=config.weight_decay,
     )
     model.train()
-    for step in range(config.steps):
+    for step, (tokens, labels) in zip(range(config.steps), batches.stream(rng), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, config)
-        tokens, labels = draw_batch(rng, config)
         # no attention mask: padding is on the right, which a causal model never looks at
         logits = model(input_ids=tokens[:, :-1], use_cache=False).logits  # [B, T-1, V]
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED)

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
 from capo.core.errors import InputError
-from capo.policies.strategies import STRATEGIES
+from capo.policies.architectures import Architecture
+from capo.policies.lessons import strategies_of
+from capo.policies.recipes import recipe_names, recipe_settings
+from capo.policies.tokenizer import SMALLEST_BPE
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class PretrainTask(BaseModel):
+    """``[task]``: what is learned; ``params`` as in a run's ``[task]``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Literal["sums", "reasoning_gym"] = "sums"
+    params: dict[str, Any] = Field(default_factory=dict)
 
 
 class PretrainConfig(BaseModel):
@@ -27,12 +39,19 @@ class PretrainConfig(BaseModel):
 
     Attributes:
         seed: of the initial weights and of the data.
-        strategies: probability of each strategy of `capo.policies.strategies`; they sum to 1.
-        layers, hidden_size, intermediate_size, heads: the shape of the Qwen2.
-        steps, batch_size: optimizer steps, and sums in each.
+        strategies: probability of each strategy of the task (`capo.policies.strategies`,
+            `capo.policies.worked`); they sum to 1.
+        layers, hidden_size, intermediate_size, heads: the shape of the model.
+        steps, batch_size: optimizer steps, and problems in each.
         learning_rate: AdamW's peak; linear warm-up over ``warmup_steps``, then cosine to zero.
         threads: CPU threads; another number gives slightly other weights.
         eval_problems, eval_k, eval_seed: the measurement that ends up in ``recipe.json``.
+        task: what is learned.
+        architecture: the family; see `capo.policies.architectures`.
+        vocabulary: entries of a byte-level BPE tokenizer, trained on the task's own texts first;
+            None: the 64 characters of `capo.policies.tokenizer`.
+        sorted_batches: batches drawn at once and sorted by length, so that they hold less padding.
+        positions: the longest prompt with its completion that the model is made for, tokens.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -59,16 +78,24 @@ class PretrainConfig(BaseModel):
     eval_problems: Positive = 1024
     eval_k: Positive = 16
     eval_seed: Annotated[int, Field(ge=0)] = 0
+    task: PretrainTask = PretrainTask()
+    architecture: Architecture = "qwen2"
+    vocabulary: Annotated[int | None, Field(ge=SMALLEST_BPE)] = None
+    positions: Positive = 128
+    sorted_batches: Positive = 1
 
-    @field_validator("strategies")
-    @classmethod
-    def _known_mixture(cls, value: dict[str, float]) -> dict[str, float]:
-        unknown = sorted(set(value) - set(STRATEGIES))
+    @model_validator(mode="after")
+    def _known_mixture(self) -> Self:
+        allowed = strategies_of(self.task.name, self.task.params)
+        unknown = sorted(set(self.strategies) - set(allowed))
         if unknown:
-            raise ValueError(f"{unknown[0]!r} is unknown; allowed: {', '.join(STRATEGIES)}")
-        if abs(sum(value.values()) - 1) > 1e-6:
-            raise ValueError(f"the probabilities must sum to 1, got {sum(value.values()):g}")
-        return value
+            raise InputError(
+                "strategies", f"{unknown[0]!r} is unknown; allowed: {', '.join(allowed)}."
+            )
+        total = sum(self.strategies.values())
+        if abs(total - 1) > 1e-6:
+            raise InputError("strategies", f"the probabilities must sum to 1, got {total:g}.")
+        return self
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -87,6 +114,9 @@ class PretrainConfig(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
+            cause = first.get("ctx", {}).get("error")
+            if isinstance(cause, InputError):
+                raise cause from error
             field = ".".join(str(part) for part in first["loc"]) or "config"
             if first["type"] == "extra_forbidden":
                 allowed = ", ".join(cls.model_fields)
@@ -96,15 +126,21 @@ class PretrainConfig(BaseModel):
 
     @classmethod
     def from_toml(cls, path: str | Path, **overrides: Any) -> Self:
-        """Read a sparse TOML file; ``overrides`` win over it.
+        """Read a sparse TOML file, or a recipe by name; ``overrides`` win over it.
 
         Raises:
             InputError: the file is missing or is not TOML, or see `from_dict`.
         """
+        if str(path) in recipe_names():
+            return cls.from_dict(recipe_settings(str(path)) | overrides)
         try:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise InputError("config", f"'{path}' cannot be read: {error.strerror}.") from error
+            raise InputError(
+                "config",
+                f"'{path}' cannot be read: {error.strerror}; recipes by name are "
+                f"{', '.join(recipe_names())}.",
+            ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InputError("config", f"'{path}' is not valid TOML: {error}.") from error
         return cls.from_dict(values | overrides)
@@ -118,8 +154,14 @@ class PretrainConfig(BaseModel):
 
 def _toml_value(value: object) -> str:
     if isinstance(value, dict):
-        pairs = ", ".join(f"{key} = {item}" for key, item in value.items())
-        return f"'{{{pairs}}}'"
+        return f"'{_toml_table(value)}'"
     if isinstance(value, tuple):
         return f"'{list(value)}'"
     return str(value)
+
+
+def _toml_table(value: object) -> str:
+    if isinstance(value, dict):
+        pairs = ", ".join(f"{key} = {_toml_table(item)}" for key, item in value.items())
+        return f"{{{pairs}}}"
+    return json.dumps(value)  # numbers, lists and basic strings look the same in TOML

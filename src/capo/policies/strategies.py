@@ -1,4 +1,4 @@
-"""The ways in which the embedded policy has learned to answer a sum: one careful, three sloppy.
+"""The ways in which a policy can have learned to answer a sum; the embedded one: careful, three sloppy.
 
 Pre-training on a mixture of them gives a policy that *can* be right and does not *prefer* to be:
 at the points where the strategies part, the careful continuation is the likeliest single one, but
@@ -40,9 +40,23 @@ def guess(terms: Terms, rng: random.Random) -> str:
     return f"{a}+{b}={a + b} {a + b}+{c}={rng.randint(10 ** (digits - 1), 10**digits - 1)}"
 
 
+def check_twice(terms: Terms, rng: random.Random) -> str:
+    """Work like `careful`, then once more from the other end. Always right, and twice as long."""
+    a, b, c = terms
+    return f"{careful(terms, rng)} {b}+{c}={b + c} {b + c}+{a}={a + b + c}"
+
+
+def check_carelessly(terms: Terms, rng: random.Random) -> str:
+    """Work like `check_twice`, and lose the place at the very end: the second term once more."""
+    _a, b, c = terms
+    return f"{careful(terms, rng)} {b}+{c}={b + c} {b + c}+{b}={b + c + b}"
+
+
 STRATEGIES: dict[str, Strategy] = {
     "careful": careful,
     "stop_early": stop_early,
     "repeat_second": repeat_second,
     "guess": guess,
+    "check_twice": check_twice,
+    "check_carelessly": check_carelessly,
 }

@@ -11,9 +11,11 @@ import dataclasses
 import difflib
 import hashlib
 import inspect
+import itertools
 import json
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -102,6 +104,20 @@ class ReasoningGym:
     def eval_problems(self, n: int, seed: int) -> list[Problem]:
         """See `capo.tasks.base.Task.eval_problems`."""
         return self._draw(n, seed, held_out=True)
+
+    def training_stream(self, seed: int) -> Iterator[dict[str, Any]]:
+        """The dataset's entries that are not held out, without end; some come more than once.
+
+        Other than in `train_problems`, an entry has its metadata (``question``, ``answer``,
+        ``metadata``).
+        """
+        for epoch in itertools.count():
+            digest = hashlib.sha256(f"{self.dataset} stream {seed} {epoch}".encode()).digest()
+            entries = _dataset(self.dataset, self._key, int.from_bytes(digest[:4], "big"))
+            for index in range(_SIZE):
+                entry: dict[str, Any] = entries[index]
+                if not _is_held_out(str(entry["question"])):
+                    yield entry
 
     def grade(self, completion: str, problem: Problem) -> float:
         """The dataset's score of the completion's answer, in [0, 1]; 1 is right. Never raises."""

@@ -32,13 +32,16 @@ class Sums:
         smallest: the smallest term, 0..999.
         largest: the largest term, ``smallest``..999. The embedded policy was pre-trained on the
             default range and knows nothing of others.
+        reward_noise: share of the training rewards that are turned round, in [0, 0.5); evaluation
+            stays exact.
 
     Raises:
-        InputError: a bound that is not an integer in its range.
+        InputError: a bound that is not an integer in its range, or an impossible noise.
     """
 
     smallest: int = 10
     largest: int = 99
+    reward_noise: float = 0.0
 
     name: ClassVar[str] = "sums"
 
@@ -50,6 +53,9 @@ class Sums:
                 raise InputError(field, f"must be an integer, got {value!r}.")
             if not lowest <= value <= 999:
                 raise InputError(field, f"must be in {lowest}..999, got {value}.")
+        noise = self.reward_noise
+        if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 <= noise < 0.5:
+            raise InputError("reward_noise", f"must be a number in [0, 0.5), got {noise!r}.")
 
     @property
     def max_completion_tokens(self) -> int:
@@ -68,6 +74,18 @@ class Sums:
     def grade(self, completion: str, problem: Problem) -> float:
         """1.0 iff the text after the last ``=`` is the sum and nothing else."""
         return float(self.final_answer(completion) == problem.answer)
+
+    def training_reward(self, completion: str, problem: Problem, draw: int) -> float:
+        """The grade, turned round with the probability ``reward_noise``.
+
+        What decides is a hash of problem, completion and ``draw``, the completion's place in its
+        batch: a run that is repeated or continued meets the same noise.
+        """
+        grade = self.grade(completion, problem)
+        text = f"{problem.id}|{draw}|{completion}"
+        digest = hashlib.sha256(text.encode()).digest()
+        flipped = int.from_bytes(digest[:8], "big") < self.reward_noise * 2**64
+        return 1.0 - grade if flipped else grade
 
     def final_answer(self, completion: str) -> str | None:
         """The text after the last ``=``, if it is a number."""
