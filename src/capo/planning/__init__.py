@@ -1,0 +1,1 @@
+"""What CAPO would add to a training job, in memory and in time, before it is started."""
