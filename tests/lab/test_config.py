@@ -229,3 +229,36 @@ def test_other_selection_rules() -> None:
         with pytest.raises(InputError) as error:
             load_config("small-aggressive", [override])
         assert error.value.field == field
+
+
+def test_token_rules_of_others_are_written_out():
+    config = load_config("small-aggressive", ['capo.selection={rule="stapo", probability=0.1}'])
+    table = config.capo.selection
+    assert table.spec() == {"rule": "stapo", "probability": 0.1, "entropy_quantile": 0.05}
+    again = parse_config(config.model_dump(mode="json"))
+    assert again.identity() == config.identity()
+
+
+def test_an_argument_that_a_token_rule_does_not_take_is_named():
+    with pytest.raises(InputError, match=r"capo\.selection\.probabilty"):
+        load_config("small-aggressive", ['capo.selection={rule="stapo", probabilty=0.1}'])
+
+
+def test_lopti_needs_two_passes():
+    with pytest.raises(InputError, match=r"algorithm\.num_iterations"):
+        load_config("small-aggressive", ['capo.selection={rule="lopti"}'])
+
+
+@pytest.mark.parametrize(
+    ("preset", "fingerprint"),
+    [
+        ("small-capo", "db25e0c50879a1f7"),
+        ("small-aggressive", "50e57b33854206d4"),
+        ("small-aggressive-capo", "6393861cc02632fb"),
+    ],
+)
+def test_recorded_runs_are_still_found(preset, fingerprint):
+    """The fingerprint is over the resolved configuration: a new field would orphan every record."""
+    from capo.lab.study.plan import load_plan
+
+    assert load_plan().raced("check", preset, {}).job(0).fingerprint() == fingerprint

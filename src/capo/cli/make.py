@@ -17,6 +17,9 @@ BENCHES = {
     "core": "capo.lab.bench_core",
     "fidelity": "capo.lab.bench_fidelity",
     "trust-region": "capo.lab.study.command",
+    "warning": "capo.lab.warning.command",
+    "plan": "capo.lab.bench_plan",
+    "policies": "capo.lab.bench_policies",
 }
 
 
@@ -46,7 +49,11 @@ def pretrain(
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="The model directory to make.")],
     config: Annotated[
-        Path | None, typer.Option(help="A TOML file [default: the shipped policy's recipe].")
+        Path | None,
+        typer.Option(
+            metavar="FILE|NAME",
+            help="A TOML file, or a recipe by name [default: the shipped policy's recipe].",
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in steps=500.")
@@ -55,7 +62,7 @@ def pretrain(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Pre-train a policy as the shipped one was, by the committed recipe."""
+    """Pre-train a policy: as the shipped one was, or by another recipe (docs/how-to/policies.md)."""
     from capo.lab.run import quiet_libraries
     from capo.lab.sources import parse_override
 
@@ -85,10 +92,17 @@ def pretrain(
 def bench(
     context: typer.Context,
     what: Annotated[
-        str, typer.Argument(metavar="step|core|fidelity|trust-region", help="What to measure.")
+        str,
+        typer.Argument(
+            metavar="step|core|fidelity|trust-region|warning|plan|policies",
+            help="What to measure.",
+        ),
     ],
 ) -> None:
-    """Time a step (step, core), judge its predictors (fidelity), compare rules (trust-region)."""
+    """Time a step (step, core), judge its predictors (fidelity), compare rules (trust-region),
+    judge the early warning (warning), hold the plan against real runs (plan), pre-train and
+    measure policies (policies).
+    """
     if what not in BENCHES:
         raise InputError("bench", f"must be one of {', '.join(BENCHES)}, got {what!r}.")
     importlib.import_module(BENCHES[what]).main(context.args)

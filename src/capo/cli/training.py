@@ -35,6 +35,14 @@ def train(
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a run that is there.")] = False,
     resume: Annotated[bool, typer.Option(help="Continue the run that is there.")] = False,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="EVERY",
+            help="Record the tokens of every so many steps, for capo inspect; changes no weight "
+            "[default: 1 where tokens are judged, else none].",
+        ),
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -54,7 +62,9 @@ def train(
     from capo.lab.run import train as run
 
     try:
-        directory = run(resolved, output, overwrite=overwrite, resume=resume, progress=progress)
+        directory = run(
+            resolved, output, overwrite=overwrite, resume=resume, progress=progress, tokens=tokens
+        )
     except Interrupted as interrupted:
         typer.echo(f"capo: {interrupted}", err=True)
         raise typer.Exit(INTERRUPTED) from None

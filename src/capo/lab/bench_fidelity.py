@@ -19,7 +19,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,21 +74,30 @@ def measure_run(arguments: tuple[int, int, float, int]) -> list[dict[str, Any]]:
             "capo.watch=true",
         ],
     )
-    with tempfile.TemporaryDirectory() as directory, _comparing() as rows:
+    with tempfile.TemporaryDirectory() as directory, comparing() as rows:
         train(config, Path(directory) / "run")
     run = {"seed": seed, "completions": completions, "learning_rate": lr}
     return [{**run, "step": step, **row} for step, row in enumerate(rows, start=1)]
 
 
+Compare = Callable[["Probe", "Sample", Any], dict[str, Any]]
+
+
 @contextmanager
-def _comparing() -> Iterator[list[dict[str, Any]]]:
-    """While this is open, a trainer's trust region only compares predictors."""
+def comparing(how: Compare | None = None) -> Iterator[list[dict[str, Any]]]:
+    """While this is open, a trainer's trust region only compares predictors.
+
+    Args:
+        how: called with the probe, the sample and a random generator before every step; returns the
+            row of that step, with its ``truth``. None: all predictors of this module.
+    """
+    how = how or _compare
     from dataclasses import replace
 
     import torch
 
     from capo.core.trust_region import StepChoice
-    from capo.integrations import _trl_trust
+    from capo.integrations._trl_ledger import Pending
     from capo.integrations._trl_trust import StepControl
 
     rows: list[dict[str, Any]] = []
@@ -100,9 +109,9 @@ def _comparing() -> Iterator[list[dict[str, Any]]]:
         collect(self, *args, **kwargs)
 
     def compare(self: StepControl, probe: Probe, batch: StepBatch, *_: Any) -> Any:
-        rows.append(_compare(probe, batch.samples[0], generator))
+        rows.append(how(probe, batch.samples[0], generator))
         choice = StepChoice(1.0, rows[-1]["truth"], rows[-1]["truth"], 1, capped=False)
-        return _trl_trust._Pending(choice, 0.0)
+        return Pending(choice, 0.0)
 
     StepControl.collect, StepControl._choose = everything, compare  # type: ignore[method-assign,assignment]
     try:

@@ -66,6 +66,11 @@ class StepBench:
         return self._ratio(0)
 
     @property
+    def total_ratio(self) -> float:
+        """All of CAPO's wall-clock time / all of the plain trainer's, whatever its share of each step."""
+        return sum(wall for wall, _ in self.capo) / sum(wall for wall, _ in self.plain)
+
+    @property
     def cpu_ratio(self) -> float:
         """The same of CPU time, which other processes on the machine disturb less."""
         return self._ratio(1)
@@ -97,6 +102,7 @@ class StepBench:
                 row("CAPOTrainer, a step", self.capo),
                 *([row("  of it judging", self.judging)] if self.judging else []),
                 f"  {'ratio':<22}{self.ratio:9.3f}    {self.cpu_ratio:9.3f}",
+                f"  {'ratio of the sums':<22}{self.total_ratio:9.3f}",
                 f"  {verdict} the budget of {BUDGET}",
             ]
         )
@@ -111,6 +117,7 @@ def bench_step(
     completions: int = 96,
     policy: str = "embedded:sums",
     num_iterations: int = 1,
+    num_generations: int = 8,
     **capo_settings: Any,
 ) -> StepBench:
     """Time plain and CAPO steps in alternating rounds.
@@ -120,9 +127,10 @@ def bench_step(
         warmup: steps before them that are not timed.
         rounds: rounds of each trainer.
         threads: CPU threads for torch.
-        completions: completions in a step, a multiple of 8.
+        completions: completions in a step.
         policy: what `capo.policies.load_policy` takes.
         num_iterations: optimizer steps on the same completions.
+        num_generations: completions of a prompt, of which the step's are a multiple.
         **capo_settings: fields of `CAPOConfig`; by default ``selection="capo", trust_region=None``.
 
     Raises:
@@ -133,15 +141,21 @@ def bench_step(
             raise InputError(name, f"must be at least 1, got {value}")
     if warmup < 0:
         raise InputError("warmup", f"must be at least 0, got {warmup}")
-    if completions < 8 or completions % 8:
-        raise InputError("completions", f"must be a positive multiple of 8, got {completions}")
+    if num_generations < 2:
+        raise InputError("num_generations", f"must be at least 2, got {num_generations}")
+    if completions < 1 or completions % num_generations:
+        raise InputError(
+            "completions", f"must be a positive multiple of {num_generations}, got {completions}"
+        )
     if num_iterations < 1 or steps % num_iterations or warmup % num_iterations:
         raise InputError("num_iterations", f"must divide steps and warmup, got {num_iterations}")
     capo_settings.setdefault("selection", "capo")
     capo_settings.setdefault("trust_region", None)
     times: dict[str, list[Times]] = {"plain": [], "capo": [], "judging": []}
     with _torch_threads(threads), tempfile.TemporaryDirectory() as directory:
-        run = _Runner(policy, completions, steps + warmup, num_iterations, directory)
+        run = _Runner(
+            policy, completions, steps + warmup, num_iterations, num_generations, directory
+        )
         for index in range(rounds):
             # Whoever goes second may find a cooler or a busier machine: take turns.
             order = ("plain", "capo") if index % 2 == 0 else ("capo", "plain")
@@ -158,16 +172,23 @@ class _Runner:
     """Runs one trainer for one round."""
 
     def __init__(
-        self, policy: str, completions: int, steps: int, num_iterations: int, directory: str
+        self,
+        policy: str,
+        completions: int,
+        steps: int,
+        num_iterations: int,
+        num_generations: int,
+        directory: str,
     ) -> None:
         from datasets import Dataset
 
         from capo.tasks import load_task
 
         self.policy, self.completions, self.steps = policy, completions, steps
-        self.num_iterations, self.directory = num_iterations, directory
+        self.num_iterations, self.num_generations = num_iterations, num_generations
+        self.directory = directory
         self.task = load_task("sums")
-        problems = self.task.train_problems(steps * completions // 8, seed=0)
+        problems = self.task.train_problems(steps * completions // num_generations, seed=0)
         self.answers = {problem.prompt: problem for problem in problems}
         self.dataset = Dataset.from_list([asdict(problem) for problem in problems])
 
@@ -183,7 +204,7 @@ class _Runner:
         common: dict[str, Any] = {
             "output_dir": self.directory,
             "per_device_train_batch_size": self.completions,
-            "num_generations": 8,
+            "num_generations": self.num_generations,
             "max_completion_length": self.task.max_completion_tokens,
             "max_steps": self.steps,
             "learning_rate": 1e-9,
@@ -287,6 +308,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--selection", default="capo", help="token selection, or none")
     parser.add_argument("--trust-region", default="none", help="auto, a policy shift, or none")
     parser.add_argument("--num-iterations", type=int, default=1, help="steps on a batch")
+    parser.add_argument("--num-generations", type=int, default=8, help="completions of a prompt")
     options = vars(parser.parse_args(arguments))
     if options["selection"] == "none":
         options["selection"] = None

@@ -7,7 +7,7 @@ configuration comes out. The resolved configuration, not a name, is a run's iden
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -89,7 +89,8 @@ class TrainingSection(Section):
 
     ``completions_per_step`` is the batch of one optimizer step over all processes; ``micro_batch``
     the completions of one forward and backward pass on one device. ``steps`` counts optimizer
-    steps; where it is absent, ``epochs`` over ``task.train_problems`` decides.
+    steps; where it is absent, ``epochs`` over ``task.train_problems`` decides. The optimizer
+    ``momentum`` is SGD with the first of ``adam_betas`` as its momentum.
     """
 
     learning_rate: PositiveFloat = 1e-4
@@ -106,7 +107,7 @@ class TrainingSection(Section):
     )
     adam_eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "momentum"] = "adamw"
     temperature: PositiveFloat = 1.0
     top_k: Annotated[PositiveInt | None, BeforeValidator(none_word)] = None
     max_prompt_tokens: PositiveInt | None = None
@@ -159,21 +160,50 @@ class RuleTable(Section):
         return self
 
 
+class TokenRuleTable(Section):
+    """``[capo.selection]`` with a token rule of others; see `capo.core.token_rules`.
+
+    The rule's arguments may stand beside its name; every one of them is written out.
+    """
+
+    rule: Literal["gtpo", "stapo", "lopti", "reweight", "clip_cov", "kl_cov", "same_rate"]
+    arguments: dict[str, Any]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, value: Any) -> Any:
+        from capo.core.token_rules import filled  # torch: not for `capo --help`
+
+        flat = {key: item for key, item in value.items() if key not in ("rule", "arguments")}
+        try:
+            arguments = filled(value["rule"], flat | value.get("arguments", {}))
+        except InputError as error:
+            raise InputError(f"capo.selection.{error.field}", error.message) from None
+        return {"rule": value["rule"], "arguments": arguments}
+
+    def spec(self) -> dict[str, Any]:
+        """As `CAPOConfig.selection` takes it."""
+        return {"rule": self.rule, **self.arguments}
+
+
 SELECTION_NAMES = ("capo", "dr_capo", "reincapo")
+TOKEN_RULE_NAMES: tuple[str, ...] = get_args(TokenRuleTable.model_fields["rule"].annotation)
 
 
 def _selection(value: object) -> object:
     # A union would report an error once per branch; the value's own type says which one is meant.
     if isinstance(value, dict):
         table: type[Section] = ThresholdsTable
-        if value.get("rule", "thresholds") != "thresholds":
+        if value.get("rule") in TOKEN_RULE_NAMES:
+            table = TokenRuleTable
+        elif value.get("rule", "thresholds") != "thresholds":
             table = RuleTable
         else:
             value = {key: item for key, item in value.items() if key != "rule"}
         return validate(table, value, prefix=("capo", "selection"))
     if value is None or value == "none":
         return None
-    if isinstance(value, ThresholdsTable | RuleTable) or value in SELECTION_NAMES:
+    if isinstance(value, ThresholdsTable | RuleTable | TokenRuleTable) or value in SELECTION_NAMES:
         return value
     raise InputError(
         "capo.selection",
@@ -191,9 +221,9 @@ class CapoSection(Section):
     run without trust region; its weights stay the same.
     """
 
-    selection: Annotated[str | ThresholdsTable | RuleTable | None, BeforeValidator(_selection)] = (
-        None
-    )
+    selection: Annotated[
+        str | ThresholdsTable | RuleTable | TokenRuleTable | None, BeforeValidator(_selection)
+    ] = None
     watch: bool = False
     step_model: Literal["adam", "sgd"] = "adam"
     moments: Literal["simulated", "optimizer"] = "simulated"
@@ -296,11 +326,13 @@ class Config(Section):
                 "capo.moments",
                 "must be 'simulated' with capo.step_model 'sgd', which reads no moments.",
             )
-        if self.capo.moments == "optimizer" and training.optimizer == "sgd":
+        if self.capo.moments == "optimizer" and training.optimizer != "adamw":
             raise InputError(
                 "capo.moments",
-                "must be 'simulated' with training.optimizer 'sgd', which keeps no moments.",
+                f"must be 'simulated' with training.optimizer {training.optimizer!r}, which keeps no "
+                "moments.",
             )
+        _check_rule(self.capo.selection, algorithm)
         if self.rival.rule == "kl_adaptive" and self.capo.ledger is None:
             raise InputError(
                 "rival.rule",
@@ -392,6 +424,15 @@ def check_vocabulary(config: Config, vocab_size: int) -> None:
             raise InputError(
                 field, f"must be at most the policy's vocabulary size {vocab_size}, got {top_k}."
             )
+
+
+def _check_rule(selection: object, algorithm: AlgorithmSection) -> None:
+    if (
+        isinstance(selection, TokenRuleTable)
+        and selection.rule == "lopti"
+        and algorithm.num_iterations % 2
+    ):
+        raise InputError("algorithm.num_iterations", "must be even with the rule 'lopti'.")
 
 
 def _check_batches(training: TrainingSection) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +29,8 @@ _PER_TOKEN = {
     "weight": np.float32,
     "reason": np.int8,
 }
+_FILE = re.compile(r"step-(\d+)\.npz")
+_NEEDED = {"offsets", "token_ids", "policy_shift"}
 
 
 class TokenWriter:
@@ -33,17 +38,19 @@ class TokenWriter:
 
     A file holds completions back to back: those of completion ``i`` are
     ``array[offsets[i]:offsets[i + 1]]`` of every per-token array; its prompt likewise is
-    ``prompt_ids[prompt_offsets[i]:prompt_offsets[i + 1]]``.
+    ``prompt_ids[prompt_offsets[i]:prompt_offsets[i + 1]]``, and its reward ``reward[i]``.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Write to ``directory``, which is made when there is something to write."""
+    def __init__(self, directory: Path, wants: Callable[[int], bool] = lambda step: True) -> None:
+        """Write the steps (from 1) that ``wants`` names to ``directory``, made when it is needed."""
         self.directory = directory
+        self.wants = wants
         self._pending: list[TokenRecord] = []
 
     def __call__(self, record: TokenRecord) -> None:
         """Keep a judged micro-batch."""
-        self._pending.append(record)
+        if self.wants(record.step + 1):
+            self._pending.append(record)
 
     def flush(self, step: int) -> None:
         """Write the file of optimizer step ``step`` (from 1), if any token was judged for it."""
@@ -69,6 +76,7 @@ def pack(records: list[TokenRecord]) -> dict[str, Any]:
             [r.prompt_ids[r.prompt_mask.bool()].numpy() for r in records]
         ).astype(np.int32),
     }
+    arrays["reward"] = np.concatenate([r.reward.float().numpy() for r in records])
     for name, dtype in _PER_TOKEN.items():
         flat = [getattr(r, name)[r.mask.bool()].float().numpy() for r in records]
         arrays[name] = np.concatenate(flat).astype(dtype)
@@ -81,6 +89,37 @@ def write_vocabulary(directory: Path, tokenizer: PreTrainedTokenizerBase) -> Non
     ids = sorted(set(tokenizer.get_vocab().values()))
     texts = {index: tokenizer.decode([index]) for index in ids}
     write_text(directory / "vocab.json", json.dumps(texts, ensure_ascii=False))
+
+
+def recorded_steps(directory: Path) -> dict[int, Path]:
+    """The files of a run's recorded steps, in order."""
+    found = ((_FILE.fullmatch(path.name), path) for path in directory.glob("step-*.npz"))
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def read_step(path: Path) -> dict[str, Any] | None:
+    """The arrays of one step as `pack` made them; None for a file that cannot be read.
+
+    Runs recorded by older versions lack some of them (``reward``).
+    """
+    try:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+    if not set(arrays) >= _NEEDED or arrays["token_ids"].size != arrays["policy_shift"].size:
+        return None
+    return arrays
+
+
+def read_vocabulary(directory: Path) -> dict[int, str]:
+    """Token id -> its text; empty where that was not kept."""
+    try:
+        entries = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    pairs = enumerate(entries) if isinstance(entries, list) else entries.items()
+    return {int(key): str(text) for key, text in pairs}
 
 
 def _offsets(lengths: list[Any]) -> Any:

@@ -15,12 +15,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capo.core.errors import InputError
-from capo.lab.config import Config, RuleTable, ThresholdsTable, check_vocabulary, parse_config
+from capo.lab.config import (
+    Config,
+    RuleTable,
+    ThresholdsTable,
+    TokenRuleTable,
+    check_vocabulary,
+    parse_config,
+)
 from capo.lab.progress import Progress
 from capo.lab.provenance import collect_provenance, dirty_diff
+from capo.lab.recording import ABOUT, Recording, make_recording
 from capo.lab.rundir import RunDirectory, write_text
 
 if TYPE_CHECKING:
+    import torch
+
     from capo.integrations.trl import CAPOConfig, CAPOTrainer
     from capo.lab.evaluate import Evaluation
     from capo.lab.recorder import StopRequest
@@ -64,6 +74,7 @@ def train(
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
+    tokens: int | None = None,
 ) -> Path:
     """Train a policy as ``config`` says and write the run to ``output``.
 
@@ -76,6 +87,8 @@ def train(
         overwrite: whether a run that is there already may be replaced.
         resume: continue the run that is there; its configuration must be ``config``.
         progress: hears of every step and evaluation.
+        tokens: record the tokens of every so many steps, for `capo inspect`; by default every step of
+            a run that judges its tokens, and none of another. It changes no weight.
 
     Returns:
         the run directory.
@@ -91,12 +104,13 @@ def train(
             return directory.path
     else:
         directory.check_free(overwrite)
+    recording = make_recording(config, tokens, directory if resume else None)
     quiet_libraries()
     ingredients = prepare(config, directory)
     with directory.locked(), threads(config.run.threads):
         _begin(directory, config, resume)
         try:
-            _run(config, directory, ingredients, progress)
+            _run(config, directory, ingredients, progress, recording)
         except Interrupted as interrupted:
             directory.set_status("interrupted", interrupted.step, config.steps, str(interrupted))
             raise
@@ -227,12 +241,16 @@ def _begin(directory: RunDirectory, config: Config, resume: bool) -> None:
 
 
 def _run(
-    config: Config, directory: RunDirectory, ingredients: Ingredients, progress: Progress
+    config: Config,
+    directory: RunDirectory,
+    ingredients: Ingredients,
+    progress: Progress,
+    recording: Recording,
 ) -> None:
     from capo.lab.recorder import stop_on_signals
 
     with stop_on_signals(progress) as stop:
-        trainer = _build_trainer(config, directory, ingredients, progress, stop)
+        trainer = _build_trainer(config, directory, ingredients, progress, stop, recording)
         _, checkpoint = directory.last_checkpoint()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step = trainer.state.global_step
@@ -251,15 +269,17 @@ def _build_trainer(
     ingredients: Ingredients,
     progress: Progress,
     stop: StopRequest,
+    recording: Recording,
 ) -> CAPOTrainer:
     from capo.lab.ledger import Ledger
     from capo.lab.recorder import Recorder
     from capo.lab.records import TokenWriter, write_vocabulary
 
     tokenizer = ingredients.policy.tokenizer
-    tokens = TokenWriter(directory.tokens) if config.records.tokens else None
+    tokens = TokenWriter(directory.tokens, recording.wants) if recording.every else None
     if tokens is not None:
         write_vocabulary(directory.tokens, tokenizer)
+        directory.write(ABOUT, recording.about())
     ledger = Ledger(directory, tokenizer.decode) if config.capo.ledger is not None else None
     recorder = Recorder(
         config,
@@ -270,12 +290,17 @@ def _build_trainer(
         tokens=tokens,
         ledger=ledger,
     )
+    watch = None
+    if recording.watches and tokens is not None:
+        watch, arguments = recording.watch, ingredients.arguments
+        arguments.step_model, arguments.moments = recording.step_model, recording.moments
     return make_trainer(
         config,
         ingredients,
         callbacks=[recorder],
         token_callbacks=[tokens] if tokens is not None else [],
         shift_callbacks=[ledger] if ledger is not None else [],
+        token_watch=watch,
     )
 
 
@@ -302,6 +327,8 @@ def make_trainer(
     from capo.integrations.trl import CAPOTrainer
     from capo.lab.rivals import attach_rival
 
+    if config.training.optimizer == "momentum":  # TRL knows SGD without momentum only
+        listeners["optimizers"] = (_momentum(config, ingredients), None)
     trainer = CAPOTrainer(
         model=ingredients.policy.model,
         reward_funcs=accuracy_reward(ingredients.task),
@@ -316,14 +343,30 @@ def make_trainer(
     return trainer
 
 
+def _momentum(config: Config, ingredients: Ingredients) -> torch.optim.Optimizer:
+    import torch
+
+    training = config.training
+    return torch.optim.SGD(
+        ingredients.policy.model.parameters(),
+        lr=training.learning_rate,
+        momentum=training.adam_betas[0],
+        weight_decay=training.weight_decay,
+    )
+
+
 def accuracy_reward(task: Task) -> Callable[..., list[float]]:
-    """The task's grader as a reward function of TRL."""
+    """The task's grader as a reward function of TRL, with the noise that the task may have."""
     from capo.tasks import Problem, grade_many
+    from capo.tasks.sums import Sums
 
     def accuracy(
         prompts: list[str], completions: list[str], answer: list[str], id: list[str], **_: Any
     ) -> list[float]:
         problems = [Problem(*columns) for columns in zip(prompts, answer, id, strict=True)]
+        if isinstance(task, Sums) and task.reward_noise:
+            pairs = enumerate(zip(completions, problems, strict=True))
+            return [task.training_reward(text, problem, draw) for draw, (text, problem) in pairs]
         return grade_many(task, completions, problems)
 
     return accuracy
@@ -384,6 +427,8 @@ def _trainer_arguments(config: Config, directory: RunDirectory, task: Task) -> C
         selection = selection.model_dump(mode="json")
     elif isinstance(selection, RuleTable):
         selection = selection.model_dump(mode="json", exclude_none=True)
+    elif isinstance(selection, TokenRuleTable):
+        selection = selection.spec()
     return CAPOConfig(
         output_dir=str(directory.checkpoints),
         seed=config.run.seed,
@@ -402,7 +447,7 @@ def _trainer_arguments(config: Config, directory: RunDirectory, task: Task) -> C
         lr_scheduler_type=training.schedule,
         warmup_steps=training.warmup_ratio,
         max_grad_norm=training.max_grad_norm,
-        optim={"adamw": "adamw_torch", "sgd": "sgd"}[training.optimizer],
+        optim={"adamw": "adamw_torch"}.get(training.optimizer, "sgd"),
         adam_beta1=training.adam_betas[0],
         adam_beta2=training.adam_betas[1],
         adam_epsilon=training.adam_eps,

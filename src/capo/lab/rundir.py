@@ -36,6 +36,8 @@ _CONTENTS = (
     "tokens",
     "checkpoints",
     "final",
+    "lab.json",
+    "measured.json",
     ".lock",
     *_LOGS,
 )
@@ -120,6 +122,14 @@ class RunDirectory:
                 raise InputError(
                     "output", f"another process is at work in {str(self.path)!r}; wait for it."
                 ) from None
+            yield
+
+    @contextmanager
+    def waited(self) -> Iterator[None]:
+        """Hold the directory, after whoever holds it now."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
             yield
 
     def read(self, name: str) -> dict[str, Any]:

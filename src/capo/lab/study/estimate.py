@@ -90,12 +90,24 @@ def guess(job: Job, config: Config, *, falls: bool) -> Outcome:
 
 
 def cost(config: Config, arm: Arm, completions: int) -> float:
-    """Seconds of one core for a run that consumes so many completions."""
+    """Seconds of one core for a run of the study that consumes so many completions."""
+    return core_seconds(config, completions, spacing=arm.spacing, problems=arm.problems)
+
+
+def core_seconds(config: Config, completions: int, *, spacing: int, problems: int) -> float:
+    """Seconds of one core for a run of the embedded policy.
+
+    Args:
+        config: resolved.
+        completions: that it consumes.
+        spacing: completions between evaluations.
+        problems: of an evaluation.
+    """
     batch, passes = config.training.completions_per_step, config.algorithm.num_iterations
     batches = -(-completions // batch)
     step = STEP + COMPLETION * batch + (passes - 1) * (PASS + PASS_COMPLETION * batch)
-    evaluations = min(batches, -(-completions // arm.spacing)) + 1
-    return SETUP + batches * step + evaluations * PROBLEM * arm.problems
+    evaluations = min(batches, -(-completions // spacing)) + 1
+    return SETUP + batches * step + evaluations * PROBLEM * problems
 
 
 class _ReadOnly(Store):

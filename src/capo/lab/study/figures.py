@@ -9,14 +9,12 @@ from typing import Any
 import altair as alt
 import numpy as np
 import pandas as pd
-import vl_convert
 
 from capo.lab.report.charts import MAIN, Figure, series_encodings
-from capo.lab.report.page import EXPORT_SCALE, VEGA_LITE
-from capo.lab.report.style import vega_config
 from capo.lab.study.goals import completions_estimate, final_median
 from capo.lab.study.outcome import ArmResult, held
 from capo.lab.study.stages import StudyResult
+from capo.lab.sweep.curves import save_figures as write_figures
 
 BAND = 0.14  # opacity
 COUNTS = alt.Axis(format="~s", tickCount=8)
@@ -24,17 +22,7 @@ COUNTS = alt.Axis(format="~s", tickCount=8)
 
 def save_figures(study: StudyResult, output: Path) -> list[Figure]:
     """Write SVG, PNG and CSV of every figure that there is data for."""
-    drawn = [figure for figure in all_figures(study) if len(figure.data)]
-    config = {**vega_config(dark=False), "background": "white"}
-    for figure in drawn:
-        figure.data.to_csv(output / f"{figure.slug}.csv", index=False)
-        svg = vl_convert.vegalite_to_svg(
-            figure.spec(page=False), vl_version=VEGA_LITE, config=config
-        )
-        (output / f"{figure.slug}.svg").write_text(svg, encoding="utf-8")
-        png = vl_convert.svg_to_png(svg, scale=EXPORT_SCALE)
-        (output / f"{figure.slug}.png").write_bytes(png)
-    return drawn
+    return write_figures(all_figures(study), output)
 
 
 def all_figures(study: StudyResult) -> list[Figure]:

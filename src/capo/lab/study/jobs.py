@@ -115,10 +115,19 @@ def overrides_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
             shape, warmup = SCHEDULES[value]
             overrides += [f'training.schedule="{shape}"', f"training.warmup_ratio={warmup}"]
             continue
-        overrides.append(f"{key}={json.dumps(value)}")
+        overrides.append(f"{key}={_toml(value)}")
         if key == BATCH:
             overrides.append(f"training.micro_batch={micro_batch(value)}")
     return tuple(overrides)
+
+
+def _toml(value: Any) -> str:
+    """A value in TOML; a table on one line."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}={_toml(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return str(value) if isinstance(value, float) else json.dumps(value)
 
 
 def micro_batch(batch: int) -> int:

@@ -1,20 +1,14 @@
-"""Worker processes that make the runs, and the driver that feeds them from the study's parts."""
+"""What makes the study's runs, and the driver that feeds it from the study's parts."""
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
-import gc
-import multiprocessing
-import os
-import signal
-import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from capo.lab.pool import Failure, Workers, working
 from capo.lab.study.jobs import Job
 from capo.lab.study.outcome import Outcome, Store
 from capo.lab.study.stages import Incomplete, Stage
@@ -30,21 +24,16 @@ class Runner(Protocol):
         """Runs that are made; waits for at least one. Empty where none was submitted."""
 
 
-class Workers:
-    """Processes that keep torch and transformers imported and make one run after another."""
+class StudyWorkers:
+    """`capo.lab.pool.Workers` that make the study's runs; the first failure ends the study."""
 
-    def __init__(self, jobs: int, provenance: dict[str, Any]) -> None:
-        """Start nothing before there is something to do."""
-        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come; torch here has started
-        self.provenance = provenance
-        self.pool = ProcessPoolExecutor(
-            jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_begin
-        )
-        self.running: dict[Future[Outcome], Job] = {}
+    def __init__(self, pool: Workers[Job, Outcome]) -> None:
+        """Start nothing."""
+        self.pool = pool
 
     def submit(self, job: Job) -> None:
         """See `Runner.submit`."""
-        self.running[self.pool.submit(_execute, job, self.provenance)] = job
+        self.pool.submit(job)
 
     def finished(self) -> list[tuple[Job, Outcome]]:
         """See `Runner.finished`.
@@ -52,55 +41,28 @@ class Workers:
         Raises:
             Exception: whatever a run raised, with a note that says which.
         """
-        done = wait(self.running, return_when=FIRST_COMPLETED).done
-        made = []
-        for future in done:
-            job = self.running.pop(future)
-            try:
-                made.append((job, future.result()))
-            except Exception as error:
-                error.add_note(f"in the run {job.path} of the study")
-                raise
-        return made
-
-    def stop(self) -> None:
-        """End the processes, whatever they are at."""
-        processes = list((self.pool._processes or {}).values())
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.terminate()
+        while True:
+            made = []
+            for job, outcome in self.pool.finished():
+                if isinstance(outcome, Failure):
+                    outcome.error.add_note(f"in the run {job.path} of the study")
+                    raise outcome.error
+                made.append((job, outcome))
+            if made or not self.pool.running:
+                return made
 
 
 @contextlib.contextmanager
-def workers(jobs: int, provenance: dict[str, Any]) -> Iterator[Workers]:
-    """`Workers` that are gone afterwards, however it ends."""
-    made = Workers(jobs, provenance)
-    try:
-        yield made
-    finally:
-        made.stop()
-
-
-def _begin() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's business
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    warnings.simplefilter("ignore", FutureWarning)
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed stops nobody: without this, its workers would wait for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+def workers(jobs: int, provenance: dict[str, Any]) -> Iterator[StudyWorkers]:
+    """`StudyWorkers` that are gone afterwards, however it ends."""
+    with working(jobs, _execute, provenance) as pool:
+        yield StudyWorkers(pool)
 
 
 def _execute(job: Job, provenance: dict[str, Any]) -> Outcome:
     from capo.lab.study.execute import execute
 
-    outcome = execute(job, provenance)
-    gc.collect()  # a trainer is a knot of references
-    return outcome
+    return execute(job, provenance)
 
 
 @dataclass

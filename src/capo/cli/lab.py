@@ -1,0 +1,272 @@
+"""``capo lab``: grids of runs, and the paper's figures from them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from capo.cli.training import INTERRUPTED, AsJson, Quiet
+
+if TYPE_CHECKING:
+    from capo.lab.sweep.drive import Swept
+    from capo.lab.sweep.grid import Grid
+    from capo.lab.sweep.point import Point
+
+GridFile = Annotated[Path, typer.Argument(metavar="GRID", help="A grid in TOML.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option(min=1, help="Processes, one thread each [default: one a core]."),
+]
+Runs = Annotated[Path, typer.Option(help="Where the run directories are.")]
+Seeds = Annotated[int | None, typer.Option(help="So many seeds, 0 and up [default: the grid's].")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Laid over every point, as in training.steps=4."
+    ),
+]
+DryRun = Annotated[bool, typer.Option(help="Say what would be run, and about how long it takes.")]
+RUNS = Path("runs/lab")
+
+lab = typer.Typer(
+    name="lab",
+    help="Grids of runs: sweep, status, report; the paper's figures and a verdict on each claim.",
+    no_args_is_help=True,
+)
+
+
+@lab.command()
+def sweep(
+    grid: GridFile,
+    jobs: Jobs = None,
+    runs: Runs = RUNS,
+    seeds: Seeds = None,
+    settings: Settings = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make the runs of a grid that are missing.
+
+    Ctrl-C or a kill loses nothing: the same command continues.
+    """
+    checked = _grid(grid, seeds, settings)
+    points = checked.points()
+    _forecast(points, runs, jobs or cores())
+    if dry_run:
+        return
+    swept = make_points(points, runs, jobs or cores(), quiet)
+    _print_table(checked, runs, swept.failed)
+    _end(swept)
+
+
+@lab.command()
+def status(
+    grid: GridFile,
+    runs: Runs = RUNS,
+    seeds: Seeds = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say where every point of a grid stands. Ends with 1 if one has failed."""
+    from capo.lab.sweep.drive import state_of
+
+    points = _grid(grid, seeds, settings).points()
+    rows = [(point, *state_of(point, runs)) for point in points]
+    if as_json:
+        document = [
+            {"point": p.name, "folder": p.folder(), "state": state, "word": word}
+            for p, state, word in rows
+        ]
+        typer.echo(json.dumps(document, indent=1))
+    else:
+        counts: dict[str, int] = {}
+        for _, state, _ in rows:
+            counts[state] = counts.get(state, 0) + 1
+        typer.echo(", ".join(f"{number} {state}" for state, number in counts.items()))
+        for point, state, word in rows:
+            if state in ("half-finished", "failed", "diverged"):
+                typer.echo(f"{point.name}: {state}{f', {word}' if word else ''} ({point.folder()})")
+    if any(state == "failed" for _, state, _ in rows):
+        raise typer.Exit(1)
+
+
+@lab.command()
+def report(
+    grid: GridFile,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write to.")],
+    runs: Runs = RUNS,
+    seeds: Seeds = None,
+    settings: Settings = None,
+) -> None:
+    """Write a grid's table and learning curves, with JSON and CSV."""
+    from capo.lab.sweep.reading import read_grid
+    from capo.lab.sweep.report import write_report
+
+    checked = _grid(grid, seeds, settings)
+    checked.points()
+    write_report(read_grid(checked, runs), output, grid.stem)
+    typer.echo(str(output / "README.md"))
+
+
+@lab.command()
+def reproduce(
+    figure: Annotated[str, typer.Argument(metavar="FIGURE|all", help="See `capo lab figures`.")],
+    jobs: Jobs = None,
+    runs: Runs = RUNS,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Results go to OUTPUT/FIGURE.")
+    ] = Path("results"),
+    seeds: Seeds = None,
+    settings: Settings = None,
+    dry_run: DryRun = False,
+    report_only: Annotated[bool, typer.Option(help="Write up the runs that are there.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Regenerate a figure or table of the paper from nothing: runs, figure, record.
+
+    Figures share runs; what is there is not run again.
+    """
+    from capo.lab.figures import all_figures, figure_named
+    from capo.lab.figures.reproduce import write_up
+    from capo.lab.sweep.grid import seeds_option
+    from capo.lab.sweep.watching import clock
+
+    chosen = list(all_figures()) if figure == "all" else [figure_named(figure)]
+    number = seeds_option(seeds)
+    grids = {each.name: each.grid(number, settings or []) for each in chosen}
+    points = [point for grid in grids.values() for point in grid.points()]
+    _forecast(points, runs, jobs or cores())
+    if dry_run:
+        return
+    failed: dict[str, str] = {}
+    for each in chosen:
+        seconds = 0.0
+        if not report_only:
+            if len(chosen) > 1 and not quiet:
+                typer.echo(f"{each.name}: {each.title}", err=True)
+            swept = make_points(grids[each.name].points(), runs, jobs or cores(), quiet)
+            failed |= swept.failed
+            seconds = swept.seconds if swept.made else 0.0
+        folder = write_up(each, grids[each.name], runs, output / each.name, failed, seconds)
+        typer.echo(f"{each.name}: {folder / 'README.md'} ({clock(seconds)})")
+    _fail(failed)
+
+
+@lab.command()
+def figures(
+    runs: Runs = RUNS, jobs: Jobs = None, seeds: Seeds = None, as_json: AsJson = False
+) -> None:
+    """List what can be reproduced, and how long each takes."""
+    from capo.lab.figures import all_figures
+    from capo.lab.sweep.estimate import forecast
+    from capo.lab.sweep.grid import seeds_option
+
+    number = seeds_option(seeds)
+    everything: list[Point] = []
+    rows: list[dict[str, Any]] = []
+    for each in all_figures():
+        points = each.grid(number, []).points()
+        everything += points
+        cost = forecast(points, runs)
+        rows.append(
+            {"figure": each.name, "title": each.title, "runs": cost.runs, "missing": cost.missing}
+            | {"core_minutes": round(cost.core_seconds / 60, 1)}
+        )
+    together = forecast(everything, runs)
+    if as_json:
+        total = {"runs": together.runs, "core_minutes": round(together.core_seconds / 60, 1)}
+        typer.echo(json.dumps({"figures": rows, "all": total}, indent=1))
+        return
+    typer.echo(f"{'figure':<12}{'runs':>6}{'missing':>9}{'core min':>10}  what")
+    for row in rows:
+        typer.echo(
+            f"{row['figure']:<12}{row['runs']:>6}{row['missing']:>9}{row['core_minutes']:>10.1f}  "
+            f"{row['title']}"
+        )
+    typer.echo(f"all: {together.sentence(jobs or cores())}")
+
+
+@lab.command()
+def verdicts(
+    results: Annotated[Path, typer.Option(help="Where the results are.")] = Path("results"),
+    as_json: AsJson = False,
+) -> None:
+    """Write the one-page verdict on each claim of the paper, from the recorded results."""
+    from capo.lab.figures.verdicts import judge_all, write_verdicts
+
+    found = judge_all(results)
+    path = write_verdicts(found, results)
+    typer.echo(json.dumps([each.as_dict() for each in found], indent=1) if as_json else str(path))
+
+
+def make_points(points: list[Point], runs: Path, jobs: int, quiet: bool) -> Swept:
+    """Make what is missing; an interrupt ends the command."""
+    from capo.lab.sweep.drive import sweep as drive
+    from capo.lab.sweep.watching import make_watcher
+
+    try:
+        return drive(points, runs, jobs, make_watcher(quiet))
+    except KeyboardInterrupt:
+        typer.echo("capo: interrupted; continue with the same command", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _grid(path: Path, seeds: int | None, settings: list[str] | None) -> Grid:
+    from capo.lab.sweep.grid import load_grid, seeds_option
+
+    return load_grid(path).with_seeds(seeds_option(seeds)).with_settings(settings or [])
+
+
+def _forecast(points: list[Point], runs: Path, jobs: int) -> None:
+    from capo.lab.sweep.estimate import forecast
+
+    typer.echo(forecast(points, runs).sentence(jobs), err=True)
+
+
+def _print_table(grid: Grid, runs: Path, failed: dict[str, str]) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    from capo.lab.sweep.reading import read_grid
+    from capo.lab.sweep.table import shown, table_of
+
+    rows = [shown(row, grid.target) for row in table_of(read_grid(grid, runs))]
+    table = Table(*rows[0], box=SIMPLE, padding=(0, 1))
+    for row in rows:
+        table.add_row(*row.values())
+    console = Console()
+    Console(width=None if console.is_terminal else 160).print(table)
+    for name, message in failed.items():
+        typer.echo(f"failed: {name}: {message}")
+
+
+def _end(swept: Swept) -> None:
+    from capo.lab.sweep.watching import clock
+
+    typer.echo(
+        f"{swept.made} made, {swept.found} found, {len(swept.failed)} failed, {clock(swept.seconds)}"
+    )
+    _fail(swept.failed)
+
+
+def _fail(failed: dict[str, str]) -> None:
+    if failed:
+        typer.echo(
+            f"capo: {len(failed)} points failed; the same command tries them again", err=True
+        )
+        raise typer.Exit(1)
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to ``app``."""
+    app.add_typer(lab)

@@ -1,0 +1,128 @@
+"""Writing a figure up: pictures, tables, and a record of where they came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from capo.lab.figures.figure import Drawn, FigureOf
+from capo.lab.provenance import collect_provenance
+from capo.lab.rundir import write_text
+from capo.lab.sweep.curves import save_figures
+from capo.lab.sweep.grid import Grid
+from capo.lab.sweep.reading import GridResult, read_grid
+from capo.lab.sweep.report import run_rows
+from capo.lab.sweep.table import csv_text, markdown
+from capo.lab.sweep.watching import clock
+
+RECORD = "record.json"
+
+
+def write_up(
+    figure: FigureOf,
+    grid: Grid,
+    runs: Path,
+    output: Path,
+    failed: Mapping[str, str],
+    wall_seconds: float,
+) -> Path:
+    """Draw what is there of a figure's runs and write it to ``output``.
+
+    Args:
+        figure: which.
+        grid: its grid as it was run.
+        runs: the folder of all run directories.
+        output: its folder, made anew where something of an older one is there.
+        failed: points that failed, with their messages.
+        wall_seconds: that making what was missing took, this time; added to what an earlier call of the
+            same command has recorded.
+
+    Returns:
+        the folder.
+    """
+    result = read_grid(grid, runs)
+    drawn = figure.draw(result)
+    output.mkdir(parents=True, exist_ok=True)
+    for stale in (*output.glob("*.svg"), *output.glob("*.png"), *output.glob("*.csv")):
+        stale.unlink()
+    write_text(output / "runs.csv", csv_text(run_rows(result)))
+    saved = save_figures(drawn.figures, output)
+    drawn.figures = saved
+    before = _record_before(output, command_of(figure, grid))
+    record = record_of(figure, grid, result, drawn, failed, before + wall_seconds)
+    write_text(output / RECORD, json.dumps(record, indent=1) + "\n")
+    write_text(output / "README.md", readme(figure, record, drawn))
+    return output
+
+
+def record_of(
+    figure: FigureOf,
+    grid: Grid,
+    result: GridResult,
+    drawn: Drawn,
+    failed: Mapping[str, str],
+    wall_seconds: float,
+) -> dict[str, Any]:
+    """Everything that a reader or a verdict needs."""
+    provenance = collect_provenance()
+    made = [run.mark.provenance for run in result.runs]
+    return {
+        "figure": figure.name,
+        "title": figure.title,
+        "command": command_of(figure, grid),
+        "seeds": grid.seeds,
+        "overrides": grid.overrides,
+        "runs": len(result.runs),
+        "wanted": sum(cell.wanted for cell in result.cells),
+        "failed": dict(failed),
+        "commits": sorted({str(each.get("git_commit")) for each in made}),
+        "uncommitted_changes": any(each.get("git_dirty") for each in made),
+        "hardware": provenance["hardware"],
+        "packages": provenance["packages"],
+        "wall_seconds": round(wall_seconds, 1),
+        "core_seconds": round(sum(run.mark.seconds for run in result.runs), 1),
+        "numbers": drawn.numbers,
+    }
+
+
+def _record_before(output: Path, command: str) -> float:
+    """Wall seconds that earlier calls of the same command took."""
+    path = output / RECORD
+    if not path.is_file():
+        return 0.0
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return float(record["wall_seconds"]) if record.get("command") == command else 0.0
+
+
+def command_of(figure: FigureOf, grid: Grid) -> str:
+    """The command that repeats it."""
+    parts = ["capo lab reproduce", figure.name]
+    if grid.seeds != figure.grid(None, []).seeds:
+        parts.append(f"--seeds {len(grid.seeds)}")
+    parts += [f"--set {setting}" for setting in grid.overrides]
+    return " ".join(parts)
+
+
+def readme(figure: FigureOf, record: dict[str, Any], drawn: Drawn) -> str:
+    """For people."""
+    hardware = record["hardware"]
+    seeds = ", ".join(map(str, record["seeds"]))
+    commits = ", ".join(commit[:12] for commit in record["commits"]) or "none"
+    changed = " with uncommitted changes" if record["uncommitted_changes"] else ""
+    core, wall = clock(record["core_seconds"]), clock(record["wall_seconds"])
+    facts = [
+        f"Command: `{record['command']}`. Seeds: {seeds}. Commit: {commits}{changed}.",
+        f"{record['runs']} of {record['wanted']} runs, {core} of processes in all; making them "
+        f"took {wall} of wall time. {hardware['cpu']}, {hardware['cores']} cores.",
+    ]
+    parts = [f"# {figure.title}", "\n".join(facts)]
+    if record["failed"]:
+        rows = [{"failed": name, "why": why} for name, why in record["failed"].items()]
+        parts.append(markdown(rows))
+    parts += [f"![{each.title}]({each.slug}.svg)\n\n{each.caption}" for each in drawn.figures]
+    for title, rows in drawn.tables.items():
+        parts.append(f"## {title}\n\n{markdown(rows)}")
+    parts += drawn.notes
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,102 @@
+"""How long points take: a model of the embedded policy's cost, scaled by what was measured here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+from capo.lab.rundir import RunDirectory
+from capo.lab.study.estimate import core_seconds
+from capo.lab.sweep.execute import Mark, mark_of
+from capo.lab.sweep.point import Measure, Point
+
+# Judging tokens and measuring steps, each as a share of a step; measured with `capo bench step`.
+JUDGED, FORESEEN = 0.06, 0.03
+# A measurement beside the run, in runs: the predictors at four depths on every token of every step.
+FACTORS: dict[Measure, float] = {"runs": 1.0, "fidelity": 3.0, "cost": 1.1}
+PRETRAINING = 0.3  # seconds of one core for an optimizer step of a base policy
+ENOUGH = 3  # finished runs from which a rate is taken
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Measured seconds over modelled ones, by what a point is.
+
+    Attributes:
+        by_measure: the median over finished points; 1 where there are too few.
+    """
+
+    by_measure: Mapping[Measure, float] = field(default_factory=dict)
+
+    @classmethod
+    def measured(cls, points: Mapping[str, Point], marks: Mapping[str, Mark | None]) -> Rate:
+        """From the points that are over."""
+        ratios: dict[Measure, list[float]] = {}
+        for folder, point in points.items():
+            mark = marks[folder]
+            if mark is not None and mark.ended == "steps":
+                modelled = modelled_seconds(point)
+                ratios.setdefault(point.cell.measure, []).append(mark.seconds / modelled)
+        return cls({key: median(each) for key, each in ratios.items() if len(each) >= ENOUGH})
+
+
+def modelled_seconds(point: Point) -> float:
+    """Seconds of one core, without its base policy's pre-training."""
+    config = point.resolved
+    every = config.eval.every_completions
+    assert every is not None, "a resolved configuration says how often it evaluates"
+    completions = config.completions_after(config.steps)
+    seconds = core_seconds(config, completions, spacing=every, problems=config.eval.problems)
+    extra = JUDGED * config.capo.judges + FORESEEN * (config.capo.ledger is not None)
+    return seconds * (1 + extra) * FACTORS[point.cell.measure]
+
+
+def point_seconds(point: Point, rate: Rate) -> float:
+    """Seconds of one core, expected."""
+    return modelled_seconds(point) * rate.by_measure.get(point.cell.measure, 1.0)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a sweep will cost.
+
+    Attributes:
+        runs: all of them, distinct.
+        missing: those that are to be made.
+        core_seconds: of those, base policies included.
+        measured: whether the rate was measured on runs that are there, or is the model's own.
+    """
+
+    runs: int
+    missing: int
+    core_seconds: float
+    measured: bool
+
+    def sentence(self, jobs: int) -> str:
+        """For people."""
+        minutes = self.core_seconds / 60 / max(1, min(jobs, self.missing))
+        basis = "at the rate measured on the runs that are there" if self.measured else "a model"
+        return (
+            f"{self.runs} runs, {self.runs - self.missing} of them made already; about "
+            f"{minutes:.1f} minutes for the other {self.missing} with {jobs} processes on idle cores "
+            f"({self.core_seconds / 60:.1f} core minutes; {basis})"
+        )
+
+
+def forecast(points: Sequence[Point], runs: Path) -> Forecast:
+    """Of the points that are missing."""
+    from capo.lab.sweep.drive import distinct
+    from capo.policies.pretrain_config import PretrainConfig
+
+    wanted = distinct(points)
+    marks = {folder: mark_of(RunDirectory(runs / folder), each) for folder, each in wanted.items()}
+    rate = Rate.measured(wanted, marks)
+    missing = [each for folder, each in wanted.items() if marks[folder] is None]
+    seconds = sum(point_seconds(each, rate) for each in missing)
+    recipes = {each.cell.policy_folder: each.cell.recipe for each in missing}
+    for folder, recipe in recipes.items():
+        if folder is not None and recipe is not None and not (runs / folder).is_dir():
+            seconds += PRETRAINING * PretrainConfig.from_dict(recipe).steps
+    return Forecast(len(wanted), len(missing), seconds, bool(rate.by_measure))

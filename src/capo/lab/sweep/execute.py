@@ -1,0 +1,125 @@
+"""One point in this process: trained from where it is, and marked when it is over."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from capo.lab.rundir import RunDirectory
+from capo.lab.sweep.point import Point, policy_folder
+
+MARK = "lab.json"  # a point that has it is over
+MEASURED = "measured.json"
+FORMAT = 1
+
+Ended = Literal["steps", "diverged"]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What `MARK` says.
+
+    Attributes:
+        fingerprint: of the point.
+        ended: ``diverged``: the weights are no numbers any more, and nothing can be sampled.
+        seconds: wall clock of all processes that were at it, as far as they came to an end.
+        provenance: commit, hardware, package versions.
+    """
+
+    fingerprint: str
+    ended: Ended
+    seconds: float
+    provenance: dict[str, Any]
+    format: int = FORMAT
+
+
+def mark_of(directory: RunDirectory, point: Point) -> Mark | None:
+    """The point's mark, None while it is not over (or was made by another version of the lab)."""
+    document = directory.read(MARK)
+    if document.get("format") != FORMAT or document.get("fingerprint") != point.fingerprint():
+        return None
+    return Mark(**document)
+
+
+def make_point(point: Point, runs: Path, provenance: dict[str, Any]) -> Mark:
+    """Make the point, or what is missing of it.
+
+    Args:
+        point: which.
+        runs: the folder of all run directories.
+        provenance: kept in the mark.
+
+    Raises:
+        InputError: its configuration cannot be used.
+        Exception: whatever the run raised; its directory stays as it is and can be continued.
+    """
+    directory = RunDirectory(runs / point.folder())
+    mark = mark_of(directory, point)
+    if mark is not None:
+        return mark
+    began = time.monotonic()
+    make_policy(point, runs)
+    ended = _make(point, directory, runs)
+    mark = Mark(point.fingerprint(), ended, round(time.monotonic() - began, 2), provenance)
+    directory.write(MARK, asdict(mark))
+    for leftover in (directory.checkpoints, directory.final):  # grids are read, not sampled from
+        shutil.rmtree(leftover, ignore_errors=True)
+    return mark
+
+
+def make_policy(point: Point, runs: Path) -> None:
+    """Pre-train the point's base policy unless it is there, whole or not at all."""
+    if point.cell.recipe is not None:
+        pretrained(point.cell.recipe, runs)
+
+
+def pretrained(recipe: dict[str, Any], runs: Path) -> Path:
+    """The directory of a recipe's policy below ``runs``, pre-trained unless it is there.
+
+    Raises:
+        InputError: the recipe cannot be used.
+    """
+    from capo.lab.run import quiet_libraries
+    from capo.policies.pretrain import PretrainConfig, pretrain
+
+    output = runs / policy_folder(recipe)
+    with RunDirectory(output.with_name(output.name + ".lock")).waited():
+        if not output.is_dir():
+            quiet_libraries()
+            aside = output.with_name(output.name + ".tmp")
+            shutil.rmtree(aside, ignore_errors=True)
+            pretrain(PretrainConfig.from_dict(recipe), aside)
+            aside.replace(output)
+    return output
+
+
+def _make(point: Point, directory: RunDirectory, runs: Path) -> Ended:
+    from capo.lab.run import train
+    from capo.lab.sweep.measures import MEASURES
+
+    config = point.config(runs)
+    measure = MEASURES.get(point.cell.measure)
+    # A rule with state outside of checkpoints, and a measurement beside the run, begin anew.
+    resume = directory.exists and config.rival.rule == "none" and measure is None
+    try:
+        if measure is None:
+            train(config, directory.path, resume=resume, overwrite=not resume)
+        else:
+            rows = measure(config, directory.path)
+            directory.write(MEASURED, {"rows": rows})
+    except (RuntimeError, ValueError) as error:
+        if not is_divergence(error):
+            raise
+        directory.set_status(
+            "finished", int(directory.read("status.json").get("step", 0)), config.steps, "diverged"
+        )
+        return "diverged"
+    return "steps"
+
+
+def is_divergence(error: Exception) -> bool:
+    """Whether a run failed because its policy is no distribution any more."""
+    return "probability tensor" in str(error)  # what torch says of sampling from infinite logits

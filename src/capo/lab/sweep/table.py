@@ -1,0 +1,159 @@
+"""One table of a grid: a row a cell, interval estimates over its seeds."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from capo.lab.sweep.intervals import Interval, interval
+from capo.lab.sweep.reading import CellResult, GridResult, Run, labels
+
+REJECTION = "capo/rejection_rate"
+
+
+def row_of(result: CellResult, label: str, target: float) -> dict[str, Any]:
+    """The figures of a cell; None where nothing can be said yet."""
+    runs = result.runs
+    row: dict[str, Any] = {
+        "cell": result.cell.name,
+        "label": label,
+        "variant": result.cell.variant,
+        **result.cell.at,
+        "seeds": len(runs),
+        "wanted": result.wanted,
+    }
+    trained = [run for run in runs if run.evaluations]
+    if not trained:
+        return row
+    to_target = [run.to_target(target) for run in trained]
+    reached = [completions for completions in to_target if completions is not None]
+    row |= {
+        "base_accuracy": fmean(run.base_accuracy for run in trained),
+        "final_accuracy": final_accuracy(trained).as_dict(),
+        "best_accuracy": interval([run.best_accuracy for run in trained]).as_dict(),
+        "mean_accuracy": interval([area(run) for run in trained]).as_dict(),
+        "collapsed": sum(run.collapsed for run in trained),
+        "diverged": sum(run.ended == "diverged" for run in trained),
+        "reached": len(reached),
+        "completions_to_target": _median_or_more(to_target, trained),
+        "rejection_mean": _mean([rejections(run) for run in trained], fmean),
+        "rejection_peak": _mean([rejections(run) for run in trained], max),
+        "seconds": fmean(run.mark.seconds for run in trained),
+    }
+    return row
+
+
+def final_accuracy(runs: Sequence[Run]) -> Interval:
+    """Over the seeds."""
+    return interval([run.final_accuracy for run in runs])
+
+
+def area(run: Run) -> float:
+    """Mean accuracy over training: the area under the curve over its length."""
+    points = [(each.completions, each.accuracy) for each in run.evaluations]
+    if run.ended == "diverged":
+        points.append((points[-1][0] + run.spacing, 0.0))
+    length = points[-1][0] - points[0][0]
+    if not length:
+        return points[-1][1]
+    pairs = itertools.pairwise(points)
+    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairs) / length
+
+
+def rejections(run: Run) -> list[float]:
+    """Rejection rate of every step that judged tokens."""
+    return [rate for _, rate in run.series(REJECTION) if math.isfinite(rate)]
+
+
+def _mean(series: list[list[float]], of: Any) -> float | None:
+    found = [of(each) for each in series if each]
+    return fmean(found) if found else None
+
+
+def _median_or_more(to_target: Sequence[int | None], runs: Sequence[Run]) -> dict[str, Any] | None:
+    """The median, a lower bound where half of the runs or more did not get there."""
+    values = sorted(
+        (math.inf if at is None else at, run.evaluations[-1].completions)
+        for at, run in zip(to_target, runs, strict=True)
+    )
+    at, consumed = values[(len(values) - 1) // 2]
+    return {"value": consumed if math.isinf(at) else at, "bound": math.isinf(at)}
+
+
+def table_of(result: GridResult) -> list[dict[str, Any]]:
+    """A row a cell, in the grid's order."""
+    names = labels([each.cell for each in result.cells])
+    target = result.grid.target
+    return [row_of(each, name, target) for each, name in zip(result.cells, names, strict=True)]
+
+
+def shown(row: dict[str, Any], target: float) -> dict[str, str]:
+    """A row for people."""
+    return {
+        "": row["label"],
+        "seeds": str(row["seeds"])
+        if row["seeds"] == row["wanted"]
+        else f"{row['seeds']}/{row['wanted']}",
+        "final accuracy": _interval(row.get("final_accuracy")),
+        "mean over training": _interval(row.get("mean_accuracy")),
+        "collapsed": _plain(row.get("collapsed")),
+        f"completions to {target:g}": _completions(row.get("completions_to_target")),
+        "rejected": _rejected(row),
+        "seconds": _plain(row.get("seconds"), ".0f"),
+    }
+
+
+def _interval(value: dict[str, float] | None) -> str:
+    return "-" if value is None else Interval(**value).text()  # type: ignore[arg-type]
+
+
+def _plain(value: float | None, form: str = "d") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _completions(value: dict[str, Any] | None) -> str:
+    if value is None:
+        return "-"
+    return f"> {value['value']:,}" if value["bound"] else f"{value['value']:,}"
+
+
+def _rejected(row: dict[str, Any]) -> str:
+    if row.get("rejection_mean") is None:
+        return "-"
+    return f"{row['rejection_mean']:.1%} (peak {row['rejection_peak']:.1%})"
+
+
+def markdown(rows: Sequence[dict[str, str]]) -> str:
+    """A table of texts."""
+    if not rows:
+        return "(nothing yet)"
+    head = list(rows[0])
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(str(row[key]) for key in head) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def csv_text(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows, intervals as three columns."""
+    flat = [_flat(row) for row in rows]
+    columns = list(dict.fromkeys(key for row in flat for key in row))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return out.getvalue()
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            flat |= {key if k == "value" else f"{key}_{k}": v for k, v in value.items()}
+        else:
+            flat[key] = value
+    return flat

@@ -1,0 +1,1 @@
+"""``capo bench warning``: how early collapses are warned of, and how often stable runs are."""

@@ -1,0 +1,53 @@
+"""Invented runs of real grids: TEST DATA, for the tests of the lab's figures only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from capo.lab.study.outcome import Evaluated
+from capo.lab.sweep.execute import Mark
+from capo.lab.sweep.grid import Grid
+from capo.lab.sweep.point import Cell, Point
+from capo.lab.sweep.reading import CellResult, GridResult, Run
+
+SPACING = 192
+Curve = Sequence[float]
+Rows = Sequence[dict[str, Any]]
+Made = tuple[Curve, Rows]
+
+
+def invented(point: Point, accuracies: Curve, metrics: Rows = (), measured: Rows = ()) -> Run:
+    """A run with these accuracies, two steps of 96 apart."""
+    evaluations = tuple(
+        Evaluated(2 * i, SPACING * i, value, 0.02) for i, value in enumerate(accuracies)
+    )
+    provenance = {"git_commit": "0123456789abcdef", "git_dirty": False}
+    return Run(
+        point=point,
+        ended="steps",
+        evaluations=evaluations,
+        metrics=tuple(metrics),
+        measured=tuple(measured),
+        mark=Mark(point.fingerprint(), "steps", 30.0, provenance),
+        completions_per_step=96,
+        spacing=SPACING,
+    )
+
+
+def results(grid: Grid, of: Callable[[Cell, int], Run | None]) -> GridResult:
+    """Every cell of a grid with what ``of`` makes of it and a seed."""
+    cells = []
+    for cell in grid.cells():
+        runs = tuple(run for seed in grid.seeds if (run := of(cell, seed)) is not None)
+        cells.append(CellResult(cell, runs, len(grid.seeds)))
+    return GridResult(grid, tuple(cells))
+
+
+def metric_rows(steps: int, **series: Callable[[int], float]) -> list[dict[str, Any]]:
+    """Rows of metrics; the names' ``__`` are slashes."""
+    return [
+        {"step": step, "completions": 96 * step}
+        | {name.replace("__", "/"): value(step) for name, value in series.items()}
+        for step in range(1, steps + 1)
+    ]

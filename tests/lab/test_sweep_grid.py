@@ -1,0 +1,155 @@
+"""Grids and points as data: what they combine, what they are named after, what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sweep_kit import GRID
+
+from capo import InputError
+from capo.lab.sweep.drive import distinct
+from capo.lab.sweep.estimate import Rate, forecast, modelled_seconds, point_seconds
+from capo.lab.sweep.execute import Mark
+from capo.lab.sweep.grid import parse_grid
+
+
+def test_every_variant_at_every_combination_with_every_seed():
+    points = parse_grid(GRID).points()
+    assert [point.name for point in points] == [
+        f"{variant}/lr{rate} seed {seed}"
+        for seed in (0, 1)
+        for variant in ("grpo", "capo")
+        for rate in ("1e-04", "1e-03")
+    ]
+    config = points[3].config(Path())
+    assert config.training.learning_rate == 1e-3
+    assert config.training.steps == 4
+    assert config.capo.selection == "capo"
+    assert config.run.threads == 1
+    assert points[4].config(Path()).run.seed == 1
+
+
+def test_a_variants_own_axes_and_settings_win():
+    text = (
+        GRID
+        + """
+[[variants]]
+name = "fixed"
+set = { "training.learning_rate" = 5e-4 }
+[[variants]]
+name = "clip"
+[variants.axes]
+"algorithm.epsilon" = [0.2, 0.02]
+"""
+    )
+    cells = [cell.name for cell in parse_grid(text).cells()]
+    assert cells[4] == "fixed"
+    assert cells[5:] == [
+        f"clip/lr{rate}-epsilon={epsilon}" for rate in ("1e-04", "1e-03") for epsilon in (0.2, 0.02)
+    ]
+
+
+def test_the_same_configuration_is_the_same_run_whatever_it_is_called():
+    one = parse_grid(GRID).points()
+    other = parse_grid(GRID.replace('"grpo"', '"baseline"').replace("GRPO", "another")).points()
+    assert [p.folder() for p in one] == [p.folder() for p in other]
+    assert len(distinct([*one, *other])) == len(one)
+    changed = parse_grid(GRID.replace('eval.problems" = 8', 'eval.problems" = 9')).points()
+    assert not {p.folder() for p in changed} & {p.folder() for p in one}
+
+
+def test_a_measurement_is_another_run_than_the_training():
+    one, other = (parse_grid(text).points()[0] for text in (GRID, 'measure = "cost"\n' + GRID))
+    assert one.fingerprint() != other.fingerprint()
+    assert other.folder().startswith("cost-")
+
+
+POLICY = """
+preset = "small-aggressive"
+[set]
+"policy.path" = "policies:flat"
+[policies.flat]
+steps = 7
+"""
+
+
+def test_a_pretrained_policy_is_known_by_its_recipe_wherever_the_runs_are(tmp_path):
+    point = parse_grid(POLICY).points()[0]
+    here, there = point.config(tmp_path), point.config(tmp_path / "elsewhere")
+    assert here.policy.path == str(tmp_path / point.cell.policy_folder)
+    assert here.identity() != there.identity()
+    assert point.identity()["recipe"] == {"steps": 7}
+    other = parse_grid(POLICY.replace("7", "8")).points()[0]
+    assert other.fingerprint() != point.fingerprint()
+    assert other.cell.policy_folder != point.cell.policy_folder
+
+
+def test_overrides_come_last():
+    grid = parse_grid(GRID).with_settings(["training.steps=2"]).with_seeds(1)
+    assert {point.config(Path()).steps for point in grid.points()} == {2}
+    assert {point.seed for point in grid.points()} == {0}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field"),
+    [
+        ("[set]", "[sett]", "sett"),
+        ("[1e-4, 1e-3]", "[]", "axes.training.learning_rate"),
+        ("seeds = [0, 1]", "seeds = [0, 0]", "seeds"),
+        ('name = "capo"', 'name = "grpo"', "variants"),
+        ('"small-aggressive"', '"small-agressive"', "config"),
+        ("training.steps", "training.stepz", "training.stepz"),
+        ("seeds = [0, 1]", 'seeds = [0]\nmeasure = "luck"', "measure"),
+        ("[axes]", '"policy.path" = "policies:none"\n[axes]', "policy.path"),
+        ("preset =", "preset", "GRID"),
+    ],
+)
+def test_what_cannot_be_is_named(old, new, field):
+    with pytest.raises(InputError) as error:
+        parse_grid(GRID.replace(old, new, 1)).points()
+    assert error.value.field == field
+
+
+def test_the_forecast_counts_what_is_missing_once(tmp_path):
+    points = parse_grid(GRID).points()
+    found = forecast([*points, *points], tmp_path)
+    assert (found.runs, found.missing, found.measured) == (8, 8, False)
+    assert found.core_seconds == pytest.approx(sum(modelled_seconds(p) for p in points))
+    assert "8 runs, 0 of them made already" in found.sentence(2)
+
+
+def test_the_forecast_follows_what_runs_have_taken_here():
+    points = {point.folder(): point for point in parse_grid(GRID).points()}
+    marks = {
+        folder: Mark(point.fingerprint(), "steps", 3 * modelled_seconds(point), {})
+        for folder, point in points.items()
+    }
+    rate = Rate.measured(points, marks)
+    point = next(iter(points.values()))
+    assert point_seconds(point, rate) == pytest.approx(3 * modelled_seconds(point))
+    few = {
+        folder: mark if index < 2 else None for index, (folder, mark) in enumerate(marks.items())
+    }
+    assert Rate.measured(points, few).by_measure == {}
+
+
+def test_judging_and_passes_cost_more():
+    plain, judged = parse_grid(GRID).points()[0], parse_grid(GRID).points()[2]
+    assert modelled_seconds(judged) > modelled_seconds(plain)
+    twice = parse_grid(GRID).with_settings(["algorithm.num_iterations=2", "training.steps=8"])
+    assert modelled_seconds(twice.with_settings(["training.save_every=2"]).points()[0]) > (
+        modelled_seconds(plain)
+    )
+
+
+def test_a_recipe_that_ships_is_known_by_its_settings():
+    text = POLICY.replace("steps = 7", 'recipe = "aiw"\nsteps = 7')
+    recipe = parse_grid(text).points()[0].cell.recipe
+    assert recipe is not None
+    assert recipe["steps"] == 7
+    assert recipe["task"]["params"]["dataset"] == "aiw"
+    assert "recipe" not in recipe
+    with pytest.raises(InputError, match="did you mean 'aiw'") as error:
+        parse_grid(text.replace('"aiw"', '"aiww"')).points()
+    assert error.value.field == "policies.flat.recipe"
