@@ -34,7 +34,7 @@ FLAGS = (
     "--disable-sync",
     "--window-size=1280,900",
 )
-WAIT = 60  # seconds; two busy cores draw slowly
+WAIT = 180  # seconds; two busy cores draw slowly
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,7 @@ def _render(
         difference=rows.config_difference(found),
         provenance=[rows.provenance_row(run) for run in found],
         pretty=rows.pretty,
-        payload=_script_json(payload),
+        payload=script_json(payload),
         bundle=_bundle(),
         style=Markup(_resource("report.css")),
         script=Markup(_resource("report.js")),
@@ -122,7 +122,7 @@ def _resource(name: str) -> str:
     return (files("capo.lab.report") / "templates" / name).read_text(encoding="utf-8")
 
 
-def _script_json(value: Any) -> Markup:
+def script_json(value: Any) -> Markup:
     """JSON that cannot end the script element it stands in."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for char in "<>&\u2028\u2029":

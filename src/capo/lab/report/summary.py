@@ -102,7 +102,7 @@ def selects(run: Run) -> bool:
     """Whether the run leaves tokens out at all; to watch them is not to select."""
     selection = run.setting("capo.selection")
     if isinstance(selection, dict):
-        return any(_bounds(selection))
+        return "rule" in selection or any(_bounds(selection))
     return selection is not None
 
 

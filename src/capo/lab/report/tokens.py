@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import json
-import re
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +11,25 @@ from typing import Any
 import numpy as np
 
 from capo import Reason
+from capo.lab.records import read_step, read_vocabulary, recorded_steps
 from capo.lab.report.reading import Run
 from capo.lab.report.series import reason_words
 
 OFFENDERS = 25  # rows of the table, per run
 CONTEXT = 24  # tokens shown on either side
 VERDICTS = {int(one): reason_words(one.label) for one in Reason}
-NEEDED = ("offsets", "token_ids", "policy_shift")
 
 
 @dataclass(frozen=True)
 class Offender:
-    """One token, its numbers (None where not recorded), and the completion around it."""
+    """One token, its numbers (None where not recorded), and the completion around it.
+
+    It is token ``position`` of completion ``completion`` of its step, both from 0.
+    """
 
     step: int
+    completion: int
+    position: int
     text: str
     prompt: str
     before: str
@@ -52,11 +54,11 @@ class TokenSummary:
 
 def worst_offenders(run: Run, count: int = OFFENDERS) -> TokenSummary:
     """The ``count`` tokens of highest policy shift; none of them if the run kept no records."""
-    heap: list[tuple[float, int, int]] = []  # policy shift, -file, -position: earliest wins a tie
-    files = sorted((run.path / "tokens").glob("step-*.npz"))
+    heap: list[tuple[float, int, int]] = []  # policy shift, -step, -position: earliest wins a tie
+    files = recorded_steps(run.path / "tokens")
     tokens = unreadable = 0
-    for number, path in enumerate(files):
-        arrays = _load(path)
+    for number, path in files.items():
+        arrays = read_step(path)
         if arrays is None:
             unreadable += 1
             continue
@@ -66,7 +68,7 @@ def worst_offenders(run: Run, count: int = OFFENDERS) -> TokenSummary:
             heapq.heappush(heap, (float(shift[position]), -number, -int(position)))
             if len(heap) > count:
                 heapq.heappop(heap)
-    vocabulary = _vocabulary(run.path / "tokens" / "vocab.json")
+    vocabulary = read_vocabulary(run.path / "tokens")
     chosen = sorted(heap, reverse=True)
     return TokenSummary(
         tuple(_describe(files, chosen, vocabulary)), tokens, len(files) - unreadable, unreadable
@@ -79,34 +81,14 @@ def _top(values: Any, count: int) -> Any:
     return np.argpartition(-values, count)[:count]
 
 
-def _load(path: Path) -> dict[str, Any] | None:
-    """The arrays of one step; None for a file that a killed writer left unfinished."""
-    try:
-        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-        return None
-    size = arrays["token_ids"].size if set(NEEDED) <= set(arrays) else -1
-    return arrays if size == arrays.get("policy_shift", np.empty(0)).size else None
-
-
-def _vocabulary(path: Path) -> dict[int, str]:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    pairs = enumerate(entries) if isinstance(entries, list) else entries.items()
-    return {int(key): str(text) for key, text in pairs}
-
-
 def _describe(
-    files: list[Path], chosen: list[tuple[float, int, int]], vocabulary: dict[int, str]
+    files: dict[int, Path], chosen: list[tuple[float, int, int]], vocabulary: dict[int, str]
 ) -> Iterator[Offender]:
     cache: dict[int, dict[str, Any]] = {}
     for shift, minus_number, minus_position in chosen:
         number, position = -minus_number, -minus_position
         if number not in cache:
-            cache[number] = _load(files[number]) or {}
+            cache[number] = read_step(files[number]) or {}
         arrays = cache[number]
         sequence = int(np.searchsorted(arrays["offsets"], position, side="right")) - 1
         start, end = (int(bound) for bound in arrays["offsets"][sequence : sequence + 2])
@@ -117,7 +99,9 @@ def _describe(
         log_prob = _value(arrays, "log_prob", position)
         reason = _value(arrays, "reason", position)
         yield Offender(
-            step=_step_of(files[number]),
+            step=number,
+            completion=sequence,
+            position=here,
             text=visible(texts[here]),
             prompt="" if cut_left else _prompt(arrays, sequence, vocabulary),
             before="…" * cut_left + visible("".join(texts[max(0, here - CONTEXT) : here])),
@@ -146,11 +130,6 @@ def _value(arrays: dict[str, Any], name: str, position: int) -> float | None:
     if name not in arrays or arrays[name].size <= position:
         return None
     return float(arrays[name][position])
-
-
-def _step_of(path: Path) -> int:
-    match = re.search(r"(\d+)$", path.stem)
-    return int(match.group(1)) if match else 0
 
 
 def visible(text: str) -> str:
