@@ -27,12 +27,15 @@ from typer.testing import CliRunner
 from capo.cli.main import app
 from capo.cli.make import BENCHES
 from capo.lab.config import Config
+from capo.lab.figures import figure_named
 from capo.lab.sources import load_config, preset_names
 from capo.lab.suites import load_suite, suite_names
+from capo.lab.sweep.grid import parse_grid
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-LANGUAGES = {"python", "sh", "toml", "json", "text"}  # text is output: it stands beside a command
+# Text is output: it stands beside a command. A diff is of a verl job: tests/verl_engine has verl read it.
+LANGUAGES = {"python", "sh", "toml", "json", "text", "diff"}
 OTHERS = {"accelerate", "torchrun", "tensorboard", "git", "cd", "export", "source", "."}
 CHEAP = {"presets", "doctor"}
 CHEAP_PROBLEMS = 64  # of `capo eval`
@@ -93,6 +96,10 @@ def check_capo(arguments: list[str]) -> None:
     name, *rest = arguments
     command = group.commands.get(name)  # type: ignore[attr-defined]
     assert command is not None, f"there is no `capo {name}`"
+    while hasattr(command, "commands"):  # a group of commands
+        inner, *rest = rest
+        assert inner in command.commands, f"there is no `capo {name} {inner}`"
+        name, command = f"{name} {inner}", command.commands[inner]
     with typer.Context(group, info_name="capo") as parent:
         try:
             context = command.make_context(name, list(rest), parent=parent)
@@ -111,6 +118,8 @@ def check_values(name: str, params: dict[str, Any], extra: list[str], given: lis
             str(ROOT / source) if (ROOT / source).is_file() else source if known else "small-capo",
             params["overrides"] or [],
         )
+    elif name == "lab reproduce":
+        assert params["figure"] == "all" or figure_named(params["figure"])
     elif name == "bench":
         check_bench(params["what"], extra)
     elif name == "eval" and params["suite"] is not None:
@@ -183,7 +192,9 @@ def _shell(example: Example) -> None:
 
 def _toml(example: Example) -> None:
     document = tomllib.loads(example.parsed)
-    if set(document) <= {"extends", *Config.model_fields}:
+    if "preset" in document:
+        assert parse_grid(example.parsed).points()
+    elif set(document) <= {"extends", *Config.model_fields}:
         path = Path("block.toml")
         path.write_text(example.parsed)
         load_config(path)

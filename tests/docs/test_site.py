@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 BROWSER, SERVICE = shutil.which("chromium"), shutil.which("chromedriver")
 SOURCES = ("docs", "results", "src", "examples", "mkdocs.yml", "README.md", "CHANGELOG.md")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
-WAIT = 60
+WAIT = 180
 
 
 def build(root: Path, target: Path) -> subprocess.CompletedProcess[str]:
