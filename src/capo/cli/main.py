@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import capo
-from capo.cli import evaluation, inspection, lab, make, planning, results, training
+from capo.cli import doctor, evaluation, inspection, lab, make, planning, results, training
 from capo.core.errors import InputError
 
 app = typer.Typer(
@@ -38,7 +38,7 @@ def _options(
     """Options of the command itself."""
 
 
-for module in (training, results, inspection, evaluation, lab, planning, make):
+for module in (training, results, inspection, evaluation, lab, planning, make, doctor):
     module.register(app)
 
 
