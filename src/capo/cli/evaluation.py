@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from capo.cli import completing
 from capo.cli.training import AsJson, Quiet
 from capo.core.errors import InputError
 
@@ -18,20 +19,28 @@ if TYPE_CHECKING:
 def evaluate(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="embedded:sums, a model directory, or a run."),
+        typer.Argument(
+            metavar="MODEL",
+            help="embedded:sums, a model directory, or a run.",
+            autocompletion=completing.policies,
+        ),
     ],
     *,
     suite: Annotated[
         str | None,
         typer.Option(
-            help="Instead of a task: embedded, math, reasoning-gym, paper, or a TOML file."
+            help="Instead of a task: embedded, math, reasoning-gym, paper, or a TOML file.",
+            autocompletion=completing.suites,
         ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Of a suite: a directory for its report.")
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="The task [default: the run's, or sums].")
+        str | None,
+        typer.Option(
+            help="The task [default: the run's, or sums].", autocompletion=completing.tasks
+        ),
     ] = None,
     problems: Annotated[
         int | None, typer.Option(help="Held-out problems [default: 512].", min=1)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from capo.cli import completing
 from capo.cli.training import INTERRUPTED, AsJson, Quiet
 
 if TYPE_CHECKING:
@@ -26,7 +28,10 @@ Seeds = Annotated[int | None, typer.Option(help="So many seeds, 0 and up [defaul
 Settings = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Laid over every point, as in training.steps=4."
+        "--set",
+        metavar="KEY=VALUE",
+        help="Laid over every point, as in training.steps=4.",
+        autocompletion=completing.overrides,
     ),
 ]
 DryRun = Annotated[bool, typer.Option(help="Say what would be run, and about how long it takes.")]
@@ -48,6 +53,7 @@ def sweep(
     settings: Settings = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make the runs of a grid that are missing.
 
@@ -55,10 +61,18 @@ def sweep(
     """
     checked = _grid(grid, seeds, settings)
     points = checked.points()
-    _forecast(points, runs, jobs or cores())
+    _forecast(
+        points, runs, jobs or cores(), as_json=as_json, quiet=(quiet or as_json) and not dry_run
+    )
     if dry_run:
         return
-    swept = make_points(points, runs, jobs or cores(), quiet)
+    swept = make_points(points, runs, jobs or cores(), quiet or as_json)
+    if as_json:
+        from capo.lab.sweep.reading import read_grid
+        from capo.lab.sweep.table import table_of
+
+        typer.echo(json.dumps({**asdict(swept), "table": table_of(read_grid(checked, runs))}))
+        return _fail(swept.failed)
     _print_table(checked, runs, swept.failed)
     _end(swept)
 
@@ -114,7 +128,14 @@ def report(
 
 @lab.command()
 def reproduce(
-    figure: Annotated[str, typer.Argument(metavar="FIGURE|all", help="See `capo lab figures`.")],
+    figure: Annotated[
+        str,
+        typer.Argument(
+            metavar="FIGURE|all",
+            help="See `capo lab figures`.",
+            autocompletion=completing.figures,
+        ),
+    ],
     jobs: Jobs = None,
     runs: Runs = RUNS,
     output: Annotated[
@@ -125,6 +146,7 @@ def reproduce(
     dry_run: DryRun = False,
     report_only: Annotated[bool, typer.Option(help="Write up the runs that are there.")] = False,
     quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Regenerate a figure or table of the paper from nothing: runs, figure, record.
 
@@ -139,10 +161,12 @@ def reproduce(
     number = seeds_option(seeds)
     grids = {each.name: each.grid(number, settings or []) for each in chosen}
     points = [point for grid in grids.values() for point in grid.points()]
-    _forecast(points, runs, jobs or cores())
+    quiet = quiet or as_json
+    _forecast(points, runs, jobs or cores(), as_json=as_json, quiet=quiet and not dry_run)
     if dry_run:
         return
     failed: dict[str, str] = {}
+    written: dict[str, str] = {}
     for each in chosen:
         seconds = 0.0
         if not report_only:
@@ -152,7 +176,11 @@ def reproduce(
             failed |= swept.failed
             seconds = swept.seconds if swept.made else 0.0
         folder = write_up(each, grids[each.name], runs, output / each.name, failed, seconds)
-        typer.echo(f"{each.name}: {folder / 'README.md'} ({clock(seconds)})")
+        written[each.name] = str(folder / "README.md")
+        if not as_json:
+            typer.echo(f"{each.name}: {written[each.name]} ({clock(seconds)})")
+    if as_json:
+        typer.echo(json.dumps({"figures": written, "failed": failed}))
     _fail(failed)
 
 
@@ -226,10 +254,14 @@ def _grid(path: Path, seeds: int | None, settings: list[str] | None) -> Grid:
     return load_grid(path).with_seeds(seeds_option(seeds)).with_settings(settings or [])
 
 
-def _forecast(points: list[Point], runs: Path, jobs: int) -> None:
+def _forecast(points: list[Point], runs: Path, jobs: int, *, as_json: bool, quiet: bool) -> None:
     from capo.lab.sweep.estimate import forecast
 
-    typer.echo(forecast(points, runs).sentence(jobs), err=True)
+    cost = forecast(points, runs)
+    if quiet:
+        return
+    document = {"runs": cost.runs, "missing": cost.missing, "core_seconds": cost.core_seconds}
+    typer.echo(json.dumps(document) if as_json else cost.sentence(jobs), err=not as_json)
 
 
 def _print_table(grid: Grid, runs: Path, failed: dict[str, str]) -> None:

@@ -15,7 +15,6 @@ app = typer.Typer(
     name="capo",
     help="Curvature-aware policy optimization: look at a policy-gradient step before it is taken.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from capo.cli import completing
 from capo.cli.training import INTERRUPTED, AsJson, Quiet
 from capo.core.errors import InputError
 
@@ -52,6 +53,7 @@ def pretrain(
         Path | None,
         typer.Option(
             metavar="FILE|NAME",
+            autocompletion=completing.recipes,
             help="A TOML file, or a recipe by name [default: the shipped policy's recipe].",
         ),
     ] = None,
@@ -96,6 +98,7 @@ def bench(
         typer.Argument(
             metavar="step|core|fidelity|trust-region|warning|plan|policies",
             help="What to measure.",
+            autocompletion=completing.benches,
         ),
     ],
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from capo.cli import completing
 from capo.cli.training import AsJson
 
 
@@ -17,9 +18,15 @@ def plan(
         Path, typer.Option(help="A model's config.json, or the directory that has it.")
     ],
     gpus: Annotated[int, typer.Option(help="Devices, one process each.")] = 1,
-    sharding: Annotated[str, typer.Option(help="ddp, fsdp2, zero2 or zero3.")] = "fsdp2",
+    sharding: Annotated[
+        str, typer.Option(help="ddp, fsdp2, zero2 or zero3.", autocompletion=completing.shardings)
+    ] = "fsdp2",
     precision: Annotated[
-        str, typer.Option(help="mixed (float32 weights, bf16 passes), bf16 or float32.")
+        str,
+        typer.Option(
+            help="mixed (float32 weights, bf16 passes), bf16 or float32.",
+            autocompletion=completing.precisions,
+        ),
     ] = "mixed",
     completions: Annotated[
         int, typer.Option(help="Completions of an optimizer step, on all devices.")
@@ -45,7 +52,11 @@ def plan(
     ] = None,
     monitor: Annotated[bool, typer.Option(help="Count a CurvatureMonitor (one process).")] = False,
     device: Annotated[
-        str, typer.Option(help="a100, h100, h200, b200, or a JSON file of rates.")
+        str,
+        typer.Option(
+            help="a100, h100, h200, b200, or a JSON file of rates.",
+            autocompletion=completing.devices,
+        ),
     ] = "h100",
     as_json: AsJson = False,
 ) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from capo.cli import completing
 from capo.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,11 +23,19 @@ INTERRUPTED = 130  # what a shell reports of a process that SIGINT ended
 def train(
     config: Annotated[
         str | None,
-        typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a preset."),
+        typer.Argument(
+            metavar="CONFIG",
+            help="A TOML file, or the name of a preset.",
+            autocompletion=completing.configs,
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="As in training.learning_rate=3e-4."),
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="As in training.learning_rate=3e-4.",
+            autocompletion=completing.overrides,
+        ),
     ] = None,
     *,
     output: Annotated[
@@ -43,6 +52,13 @@ def train(
             "[default: 1 where tokens are judged, else none].",
         ),
     ] = None,
+    monitor: Annotated[
+        bool,
+        typer.Option(
+            "--monitor",
+            help="Log shifts, gradient noise and early warnings of any run; changes no weight.",
+        ),
+    ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -63,7 +79,13 @@ def train(
 
     try:
         directory = run(
-            resolved, output, overwrite=overwrite, resume=resume, progress=progress, tokens=tokens
+            resolved,
+            output,
+            overwrite=overwrite,
+            resume=resume,
+            progress=progress,
+            tokens=tokens,
+            monitor=monitor,
         )
     except Interrupted as interrupted:
         typer.echo(f"capo: {interrupted}", err=True)
@@ -73,8 +95,16 @@ def train(
 
 
 def presets(
-    action: Annotated[str, typer.Argument(help="list, or show.", metavar="[list|show]")] = "list",
-    name: Annotated[str | None, typer.Argument(help="A preset to show.")] = None,
+    action: Annotated[
+        str,
+        typer.Argument(
+            help="list, or show.", metavar="[list|show]", autocompletion=completing.actions
+        ),
+    ] = "list",
+    name: Annotated[
+        str | None,
+        typer.Argument(help="A preset to show.", autocompletion=completing.presets),
+    ] = None,
 ) -> None:
     """List the presets, or show one."""
     from capo.lab.sources import preset_names, preset_text

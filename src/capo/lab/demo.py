@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from capo.lab.config import Config
-from capo.lab.progress import Bar, Lines, Progress
+from capo.lab.live import View
+from capo.lab.progress import Lines, Progress
 from capo.lab.rundir import RunDirectory
 from capo.lab.sources import load_config
 
@@ -59,7 +60,7 @@ def run_demo(output: Path, *, overwrite: bool = False, quiet: bool = False) -> P
         for name, config in configs.items():
             _train(config, RunDirectory(output / name), progress, overwrite)
     finally:
-        if isinstance(progress, Bar):
+        if isinstance(progress, View):
             progress.close()
     return _report([output / name for name in configs], output / "report.html")
 
@@ -71,7 +72,7 @@ def _train(config: Config, directory: RunDirectory, progress: Progress, overwrit
     resume = same and not overwrite
     if resume and directory.state == "finished":
         progress.said(f"{directory.path.name}: already trained")
-        if isinstance(progress, Bar):
+        if isinstance(progress, View):
             progress.skipped(config)
         return
     # A run of other settings in the demonstration's own directory is an older demonstration.
@@ -89,7 +90,7 @@ def _progress(console: Console, configs: dict[str, Config], quiet: bool) -> Prog
         return Progress()
     if not console.is_terminal:
         return Lines(console)
-    return Bar(console, total=sum(c.completions_after(c.steps) for c in configs.values()))
+    return View(console, total=sum(c.completions_after(c.steps) for c in configs.values()))
 
 
 def _report(runs: list[Path], path: Path) -> Path:

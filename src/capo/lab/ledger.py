@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from capo.integrations.trl import ShiftRecord
 
 MOVED = 5  # tokens named, of every step
+MONITOR = "monitor"  # the kind of what a monitor has found
 CONTEXT = 24  # tokens shown on either side
 
 Row = dict[str, Any]
@@ -158,6 +159,13 @@ class Alarms:
             position = {key: row[key] for key in ("step", "completions", "seconds")}
             self.directory.append("alarms.jsonl", {**position, **asdict(alarm), "moved": moved})
             self.say(f"alarm: {alarm.sentence}{_named(moved, alarm.began)}")
+
+    def told(self, row: Row, began: int, sentence: str) -> None:
+        """What a monitor has found by the step of ``row``."""
+        position = {key: row[key] for key in ("step", "completions", "seconds")}
+        alarm = {"kind": MONITOR, "began": began, "sentence": sentence, "moved": []}
+        self.directory.append("alarms.jsonl", {**position, **alarm})
+        self.say(sentence)
 
     def _raised_by(self, row: Row | None, evaluation: Row | None) -> list[Alarm]:
         watch, raised = self._watch, []

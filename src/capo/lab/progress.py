@@ -1,14 +1,13 @@
-"""What a run says while it is at work: a bar on a terminal, plain lines in a pipe."""
+"""What a run says while it is at work: a live view on a terminal, plain lines in a pipe."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 
 from capo.lab.config import Config
+from capo.lab.readings import describe
 
 PLAIN_LINES = 20  # a piped run prints about so many lines between its evaluations
 
@@ -27,6 +26,10 @@ class Progress:
 
     def said(self, message: str) -> None:
         """Something worth a line of its own."""
+
+    def warned(self, message: str) -> None:
+        """The run is in trouble, or about to be."""
+        self.said(message)
 
     def stopped(self) -> None:
         """Training is over, one way or another."""
@@ -72,94 +75,11 @@ class Lines(Progress):
         self.console.print(f"{self.prefix}{message}", highlight=False, markup=False, soft_wrap=True)
 
 
-class Bar(Progress):
-    """One bar with the time left, for a terminal. It may span several runs, one after another.
-
-    The unit is the completion, since that is what takes the time.
-
-    Args:
-        console: a terminal.
-        total: completions of all runs together; None for those of the one run.
-    """
-
-    def __init__(self, console: Console, total: int | None = None) -> None:
-        """Show nothing yet."""
-        self.bar = RichProgress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left  {task.fields[facts]}"),
-            console=console,
-        )
-        self.total = total
-        self.before = 0  # completions of the runs that are over
-        self.accuracy = ""
-        self.config: Config | None = None
-        self.task: TaskID | None = None
-
-    def started(self, config: Config, step: int) -> None:
-        """See `Progress.started`."""
-        self.config = config
-        own = config.completions_after(config.steps)
-        name = config.run.name or config.algorithm.name
-        if self.task is None:
-            self.bar.start()
-            self.task = self.bar.add_task(name, total=self.total or own, facts="")
-        self.accuracy = ""
-        self._show(step, "", description=name)
-
-    def stepped(self, row: dict[str, Any]) -> None:
-        """See `Progress.stepped`."""
-        self._show(row["step"], describe(row))
-
-    def evaluated(self, row: dict[str, Any]) -> None:
-        """See `Progress.evaluated`."""
-        self.accuracy = f"accuracy {row['accuracy']:.2f}  "
-
-    def said(self, message: str) -> None:
-        """See `Progress.said`."""
-        self.bar.console.print(message, highlight=False, markup=False, soft_wrap=True)
-
-    def skipped(self, config: Config) -> None:
-        """A run of this bar needs no training: it is done already."""
-        self.before += config.completions_after(config.steps)
-
-    def stopped(self) -> None:
-        """See `Progress.stopped`."""
-        if self.config is not None:
-            self.before += self.config.completions_after(self.config.steps)
-            self.config = None
-        if self.total is None or self.before >= self.total:
-            self.close()
-
-    def close(self) -> None:
-        """Leave the terminal as it was found."""
-        self.bar.stop()
-
-    def _show(self, step: int, facts: str, **fields: Any) -> None:
-        assert self.config is not None
-        assert self.task is not None
-        steps = self.config.steps
-        self.bar.update(
-            self.task,
-            completed=self.before + self.config.completions_after(step),
-            facts=f"step {step}/{steps}  {self.accuracy}{facts}",
-            **fields,
-        )
-
-
-def describe(row: dict[str, Any]) -> str:
-    """The facts of a step that fit on a line."""
-    facts = [f"reward {row['reward']:.2f}"] if row.get("reward") is not None else []
-    if row.get("capo/rejection_rate") is not None:
-        facts.append(f"rejected {row['capo/rejection_rate']:.1%}")
-    return ", ".join(facts)
-
-
 def make_progress(quiet: bool = False) -> Progress:
-    """The progress that suits standard error: silent, a bar, or lines."""
+    """The progress that suits standard error: silent, a live view, or lines."""
+    from capo.lab.live import View
+
     if quiet:
         return Progress()
     console = Console(stderr=True)
-    return Bar(console) if console.is_terminal else Lines(console)
+    return View(console) if console.is_terminal else Lines(console)

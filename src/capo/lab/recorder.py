@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
+    from capo.core.diagnoses import Diagnosis
+    from capo.core.early_warning import Warned
+    from capo.integrations.monitor import CurvatureMonitor
     from capo.lab.records import TokenWriter
 
 
@@ -78,7 +81,9 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         self.progress = progress
         self.stop = stop
         self.tokens = tokens
-        self.alarms = Alarms(config, directory, ledger, progress.said)
+        self.monitor: CurvatureMonitor | None = None
+        self._told = 0  # of what the monitor has found
+        self.alarms = Alarms(config, directory, ledger, progress.warned)
         logged = directory.rows("metrics.jsonl")
         self._seconds_before = float(logged[-1]["seconds"]) if logged else 0.0
         self._started = time.monotonic()
@@ -123,6 +128,11 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         self.directory.set_status("running", state.global_step, self.config.steps)
         self.progress.stepped(row)
         self.alarms.stepped(row)
+        if self.monitor is not None:
+            found: list[Warned | Diagnosis] = [*self.monitor.warnings, *self.monitor.diagnoses]
+            for news in sorted(found, key=lambda each: each.step)[self._told :]:
+                self.alarms.told(row, news.step, news.sentence)
+            self._told = len(found)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -23,6 +23,7 @@ from capo.lab.config import (
     check_vocabulary,
     parse_config,
 )
+from capo.lab.monitoring import attach_monitor, was_monitored
 from capo.lab.progress import Progress
 from capo.lab.provenance import collect_provenance, dirty_diff
 from capo.lab.recording import ABOUT, Recording, make_recording
@@ -75,6 +76,7 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     tokens: int | None = None,
+    monitor: bool = False,
 ) -> Path:
     """Train a policy as ``config`` says and write the run to ``output``.
 
@@ -89,6 +91,8 @@ def train(
         progress: hears of every step and evaluation.
         tokens: record the tokens of every so many steps, for `capo inspect`; by default every step of
             a run that judges its tokens, and none of another. It changes no weight.
+        monitor: attach a `capo.CurvatureMonitor`, whose readings are logged and whose warnings are told.
+            It changes no weight; a run that is continued goes on with the one it had.
 
     Returns:
         the run directory.
@@ -105,12 +109,13 @@ def train(
     else:
         directory.check_free(overwrite)
     recording = make_recording(config, tokens, directory if resume else None)
+    monitor = monitor or (resume and was_monitored(directory))
     quiet_libraries()
     ingredients = prepare(config, directory)
     with directory.locked(), threads(config.run.threads):
         _begin(directory, config, resume)
         try:
-            _run(config, directory, ingredients, progress, recording)
+            _run(config, directory, ingredients, progress, recording, monitor)
         except Interrupted as interrupted:
             directory.set_status("interrupted", interrupted.step, config.steps, str(interrupted))
             raise
@@ -199,6 +204,8 @@ def quiet_libraries() -> None:
     """No telemetry, no banners, no bars but ours."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # DeepSpeed sets its logger's level when accelerate imports it, and warns that no GPU is there.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     import datasets
     import transformers
 
@@ -246,11 +253,12 @@ def _run(
     ingredients: Ingredients,
     progress: Progress,
     recording: Recording,
+    monitor: bool,
 ) -> None:
     from capo.lab.recorder import stop_on_signals
 
     with stop_on_signals(progress) as stop:
-        trainer = _build_trainer(config, directory, ingredients, progress, stop, recording)
+        trainer = _build_trainer(config, directory, ingredients, progress, stop, recording, monitor)
         _, checkpoint = directory.last_checkpoint()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step = trainer.state.global_step
@@ -270,6 +278,7 @@ def _build_trainer(
     progress: Progress,
     stop: StopRequest,
     recording: Recording,
+    monitor: bool,
 ) -> CAPOTrainer:
     from capo.lab.ledger import Ledger
     from capo.lab.recorder import Recorder
@@ -294,7 +303,7 @@ def _build_trainer(
     if recording.watches and tokens is not None:
         watch, arguments = recording.watch, ingredients.arguments
         arguments.step_model, arguments.moments = recording.step_model, recording.moments
-    return make_trainer(
+    trainer = make_trainer(
         config,
         ingredients,
         callbacks=[recorder],
@@ -302,6 +311,9 @@ def _build_trainer(
         shift_callbacks=[ledger] if ledger is not None else [],
         token_watch=watch,
     )
+    if monitor:
+        recorder.monitor = attach_monitor(trainer)
+    return trainer
 
 
 def measure_of(config: Config, ingredients: Ingredients) -> Callable[[], Evaluation]:

@@ -1,4 +1,4 @@
-"""What a sweep says while it is at work: one bar on a terminal, a line a point in a pipe."""
+"""What a sweep says while it is at work: a live view on a terminal, a line a point in a pipe."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn
-from rich.progress import Progress as RichProgress
 
 from capo.lab.rundir import RunDirectory
 from capo.lab.sweep.execute import Mark
@@ -113,53 +111,6 @@ class Lines(Watcher):
         )
 
 
-class Bar(Lines):
-    """One bar with the time left, for a terminal; failures are printed above it."""
-
-    def __init__(self, console: Console) -> None:
-        """Show nothing yet."""
-        super().__init__(console)
-        self.bar = RichProgress(
-            TextColumn("{task.fields[count]}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[facts]}"),
-            console=console,
-        )
-        self.task: TaskID | None = None
-
-    def begin(
-        self, expected: dict[str, float], names: dict[str, str], runs: Path, jobs: int
-    ) -> None:
-        """See `Watcher.begin`."""
-        super().begin(expected, names, runs, jobs)
-        if expected:
-            self.bar.start()
-            self.task = self.bar.add_task("", total=self.total, count="", facts="")
-            self.tick()
-
-    def tick(self) -> None:
-        """See `Watcher.tick`."""
-        if self.task is None:
-            return
-        left = self.left()
-        facts = "" if left is None else f"{clock(left)} left"
-        if self.failures:
-            facts += f"  {self.failures} failed"
-        self.bar.update(
-            self.task,
-            completed=self.done(),
-            count=f"{len(self.over)}/{len(self.expected)}",
-            facts=facts,
-        )
-
-    def end(self) -> float:
-        """See `Watcher.end`."""
-        self.tick()
-        self.bar.stop()
-        return super().end()
-
-
 def outcome_words(runs: Path, point: Point, mark: Mark) -> str:
     """``accuracy 0.43 → 0.91``."""
     if mark.ended == "diverged":
@@ -181,8 +132,10 @@ def clock(seconds: float) -> str:
 
 
 def make_watcher(quiet: bool = False) -> Watcher:
-    """The watcher that suits standard error: silent, a bar, or lines."""
+    """The watcher that suits standard error: silent, a live view, or lines."""
+    from capo.lab.sweep.live import View
+
     if quiet:
         return Watcher()
     console = Console(stderr=True)
-    return Bar(console) if console.is_terminal else Lines(console)
+    return View(console) if console.is_terminal else Lines(console)
