@@ -86,11 +86,35 @@ def test_tokens_are_coloured_legibly(opened: Any) -> None:
       return Math.min(...[...document.querySelectorAll('.t')].map((t) => { const s = getComputedStyle(t);
         const [a, b] = [l(s.color), l(s.backgroundColor)].sort((x, y) => y - x);
         return (a + 0.05) / (b + 0.05); }))"""
-    for name in ("policy_shift", "objective_shift", "surprise", "entropy", "advantage"):
-        before = style(opened, ".t", "backgroundColor")
-        set_value(opened, "colour", name)
-        assert opened.execute_script(contrast) >= 4.5, name
-    assert style(opened, ".t", "backgroundColor") != before
+    for _theme in range(2):
+        for name in ("policy_shift", "objective_shift", "surprise", "entropy", "advantage"):
+            before = style(opened, ".t", "backgroundColor")
+            set_value(opened, "colour", name)
+            assert opened.execute_script(contrast) >= 4.5, name
+        assert style(opened, ".t", "backgroundColor") != before
+        press(opened, "t")
+
+
+def test_colours_keep_their_order_without_hue(opened: Any) -> None:
+    """The legend's ramp in grey: monotone for sizes, either way from the middle for signs."""
+    read = """
+      const ramp = getComputedStyle(document.querySelector('#legend i')).backgroundImage;
+      return [...ramp.matchAll(/rgb\\(([^)]*)\\)/g)]
+        .map((m) => { const v = m[1].split(',').map((x) => { x = +x / 255;
+          return x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4; });
+          return 0.2126 * v[0] + 0.7152 * v[1] + 0.0722 * v[2]; })"""
+    for _theme in range(2):
+        dark = opened.execute_script("return document.documentElement.dataset.theme") == "dark"
+        set_value(opened, "colour", "policy_shift")
+        sizes = opened.execute_script(read)
+        assert len(sizes) == 10
+        assert sizes == sorted(sizes, reverse=not dark)  # large: dark on white, bright on black
+        set_value(opened, "colour", "objective_shift")
+        signs = opened.execute_script(read)
+        assert len(signs) == 9
+        assert signs[:5] == sorted(signs[:5], reverse=dark)
+        assert signs[4:] == sorted(signs[4:], reverse=not dark)
+        press(opened, "t")
 
 
 def test_filters(opened: Any) -> None:

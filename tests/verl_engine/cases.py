@@ -47,6 +47,7 @@ TRUST = "{trust_region:{policy_shift:2e-3,sequences:4}}"
 STEP = "{trust_region:{policy_shift:5e-6,sequences:null}}"
 BOTH = "{selection:{policy_shift:8e-5},curvature_top_k:null,trust_region:auto,fisher:exact}"
 TIGHT = "{selection:{policy_shift:8e-6}}"
+MONITOR = "{monitor:{thresholds:{policy_shift:3e-4},sequences:null}}"
 LOW = "{selection:{policy_shift:1e-4},trust_region:{predictor:head,policy_shift:1e-3}}"
 
 _ALL = [
@@ -79,6 +80,20 @@ _ALL = [
             "actor_rollout_ref.actor.policy_loss.loss_mode=gspo",
         ),
     ),
+    Case("monitored", "{monitor:true}"),
+    Case("monitored-all", MONITOR, mini_batch=8, micro_batch=8),
+    Case("stock-all", None, vendor=None, mini_batch=8, micro_batch=8),
+    Case("monitored-tied", MONITOR, policy="tied"),
+    Case("stock-tied", None, vendor=None, policy="tied"),
+    Case("monitored-lora", MONITOR, overrides=("actor_rollout_ref.model.lora_rank=4",)),
+    Case("stock-lora", None, vendor=None, overrides=("actor_rollout_ref.model.lora_rank=4",)),
+    Case("monitored-packed", MONITOR, remove_padding=True, dynamic=True),
+    Case("stock-packed", None, vendor=None, remove_padding=True, dynamic=True),
+    Case("monitored-bfloat16", MONITOR, dtype="bf16"),
+    Case("stock-bfloat16", None, vendor=None, dtype="bf16"),
+    Case("monitored-through", MONITOR, updates=2),
+    Case("monitored-first-half", MONITOR, save="monitored-half"),
+    Case("monitored-second-half", MONITOR, resume="monitored-half"),
     Case("through", BOTH, updates=2),
     Case("first-half", BOTH, save="half"),
     Case("second-half", BOTH, resume="half"),

@@ -179,4 +179,5 @@ def test_two_workers_under_ray_train_as_under_torchrun(
 
 def test_every_case_is_used() -> None:
     used = {*ENGINES, *UNDER_RAY, "stock", "off", "empty", "bfloat16", "first-half"}
-    assert used == {n for n, case in CASES.items() if not case.die and not case.after_death}
+    ours = {n for n, case in CASES.items() if not case.die and not case.after_death}
+    assert used == {n for n in ours if not n.startswith(("monitored", "stock-"))}

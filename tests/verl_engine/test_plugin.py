@@ -75,6 +75,9 @@ def test_a_configuration_that_would_be_ignored_is_refused(folder: Path, vendor: 
         ("{selection:kapo}", "fsdp_config.capo.selection: must be one of"),
         ("{selection:{policy_shift:-1}}", "fsdp_config.capo.selection.policy_shift: must be"),
         ("{trust_region:{step_length:quadratic}}", "fsdp_config.capo.trust_region.step_length"),
+        ("{monitor:true,trust_region:auto}", "fsdp_config.capo.monitor: only looks"),
+        ("{monitor:{every:2}}", "fsdp_config.capo.monitor.every: is not known"),
+        ("{monitor:{thresholds:kapo}}", "fsdp_config.capo.monitor.thresholds.selection: must be"),
     ],
 )
 def test_options_are_checked_where_verl_reads_them(folder: Path, capo: str, field: str) -> None:

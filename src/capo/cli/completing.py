@@ -20,7 +20,7 @@ def _starting(words: Iterable[tuple[str, str]], typed: str) -> Offers:
 
 def _named(folder: str, suffix: str = ".toml") -> Iterator[tuple[str, str]]:
     """The files of a folder of the package: their names, and their first comments."""
-    for path in sorted((PACKAGE / folder).glob(f"*{suffix}")):
+    for path in sorted((PACKAGE / folder).glob(f"*{suffix}"), key=lambda each: each.stem):
         first = path.read_text(encoding="utf-8").partition("\n")[0]
         yield path.stem, first.removeprefix("# ") if first.startswith("# ") else ""
 

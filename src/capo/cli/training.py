@@ -53,12 +53,14 @@ def train(
         ),
     ] = None,
     monitor: Annotated[
-        bool,
+        int | None,
         typer.Option(
-            "--monitor",
-            help="Log shifts, gradient noise and early warnings of any run; changes no weight.",
+            metavar="EVERY",
+            min=1,
+            help="Look at every so many steps: log both shifts and gradient noise, warn early; changes "
+            "no weight.",
         ),
-    ] = False,
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

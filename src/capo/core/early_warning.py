@@ -108,6 +108,14 @@ class EarlyWarning:
         """How near a warning is: 1 and more is one."""
         return self._sum / self.constants.threshold
 
+    def state_dict(self) -> dict[str, float]:
+        """What :meth:`load_state_dict` continues from."""
+        return {"sum": self._sum, "active": float(self.active)}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue the watch of a run that is resumed."""
+        self._sum, self.active = float(state["sum"]), bool(state["active"])
+
     def feed(self, excess: float) -> bool:
         """Take a step's excess; True where a warning begins. It lasts until the sum is back at 0."""
         if not (excess > 0 and math.isfinite(excess)):

@@ -90,6 +90,14 @@ class NoiseScale:
         self.keep = keep
         self._trace = self._signal = 0.0
 
+    def state_dict(self) -> dict[str, float]:
+        """What :meth:`load_state_dict` continues from."""
+        return {"trace": self._trace, "signal": self._signal}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue the running means of a run that is resumed."""
+        self._trace, self._signal = float(state["trace"]), float(state["signal"])
+
     def observe(self, estimate: NoiseEstimate) -> float:
         """Take a step's estimate; ``B_simple`` in completions, infinite where no signal is seen.
 

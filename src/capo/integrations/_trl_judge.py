@@ -237,21 +237,7 @@ class Judge:
         curvature: capo.TokenCurvature,
         top_k: int | None,
     ) -> Float[Tensor, "V d"]:
-        """The head's gradient of the accepted tokens of all processes, whose losses are averaged."""
-        weight, mask = head.weight, curvature.mask
-        gradient = torch.zeros(weight.shape, device=weight.device)
-        add_gradient(
-            gradient,
-            policy_pass.hidden,
-            weight,
-            policy_pass.token_ids,
-            -accepted[mask],
-            mask,
-            top_k=top_k,
-            support=curvature.support,
-            **head.logit_options,
-        )
-        return self.world.total(gradient).div_(self.world.size)
+        return everyones_gradient(self.world, policy_pass, head, accepted, curvature, top_k)
 
     def _global_shifts(
         self,
@@ -317,6 +303,31 @@ class Judge:
         )
         first = policy_pass.mask.flatten().int().argmax()  # every unmasked token has the mean
         return batch.policy_shift.flatten()[first], batch.objective_shift.flatten()[first]
+
+
+def everyones_gradient(
+    world: World,
+    policy_pass: PolicyPass,
+    head: LMHead,
+    accepted: Float[Tensor, "B T"],
+    curvature: capo.TokenCurvature,
+    top_k: int | None,
+) -> Float[Tensor, "V d"]:
+    """The head's gradient of the accepted tokens of all processes, whose losses are averaged."""
+    weight, mask = head.weight, curvature.mask
+    gradient = torch.zeros(weight.shape, device=weight.device)
+    add_gradient(
+        gradient,
+        policy_pass.hidden,
+        weight,
+        policy_pass.token_ids,
+        -accepted[mask],
+        mask,
+        top_k=top_k,
+        support=curvature.support,
+        **head.logit_options,
+    )
+    return world.total(gradient).div_(world.size)
 
 
 def shift_metrics(verdict: Verdict) -> dict[str, float]:

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import capo
-from capo.core.gradient_noise import NoiseScale, gradient_noise
+from capo.core.gradient_noise import NoiseEstimate, NoiseScale, gradient_noise
 from capo.core.proposed import ProposedStep
 from capo.core.selection import Reason
-from capo.core.trust_region import Divergence, MeanShift, Probe
+from capo.core.trust_region import Probe
 from capo.core.trust_region.probe import Depth
 from capo.integrations._trl_batch import StepBatch, core_head, eval_mode, head_logits, make_batch
-from capo.integrations._trl_judge import PolicyPass, quantiles
+from capo.integrations._trl_judge import PolicyPass, everyones_gradient, quantiles
 from capo.integrations._trl_sample import Sample, draw_sample, part_of
 from capo.integrations._trl_sharded import Engine
 from capo.integrations._trl_step import StepModel
+from capo.integrations._trl_world import World
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
     from torch import Tensor
 
     from capo.core.selection import Rule
@@ -42,6 +42,8 @@ class _Tokens:
 
 class StepObserver:
     """Observes optimizer steps one after another. Nothing of the training is written to.
+
+    Each of several processes observes its own completions, and every reading is over those of all.
 
     Args:
         rule: the selection rule whose rejections are counted, and not carried out.
@@ -88,8 +90,8 @@ class StepObserver:
         step: int,
     ) -> None:
         """Judge the tokens of a micro-batch between loss and backward, and keep some completions."""
-        mask, head = policy_pass.mask, engine.head()
-        if not bool(mask.any()):
+        mask, head, world = policy_pass.mask, engine.head(), engine.world
+        if world.alone and not bool(mask.any()):
             return
         curvature = capo.token_curvature(
             policy_pass.hidden,
@@ -101,14 +103,22 @@ class StepObserver:
             **head.logit_options,
             **self.options,
         )
-        self.step_model.accumulate(
-            head,
-            hidden=policy_pass.hidden,
-            token_ids=policy_pass.token_ids,
-            loss_gradient=policy_pass.loss_gradient,
-            curvature=curvature,
-            top_k=self.options["top_k"],
-        )
+        top_k = self.options["top_k"]
+        if world.alone:
+            self.step_model.accumulate(
+                head,
+                hidden=policy_pass.hidden,
+                token_ids=policy_pass.token_ids,
+                loss_gradient=policy_pass.loss_gradient,
+                curvature=curvature,
+                top_k=top_k,
+            )
+        elif self.step_model.simulated:
+            self.step_model.add(
+                everyones_gradient(
+                    world, policy_pass, head, policy_pass.loss_gradient, curvature, top_k
+                )
+            )
         self._tokens.policy_shift.append(curvature.policy_shift[mask])
         self._tokens.objective_shift.append(curvature.objective_shift[mask])
         self._tokens.entropy.append(curvature.entropy[mask])
@@ -121,7 +131,7 @@ class StepObserver:
             policy_pass.hidden,
             part_of(self.sequences, index, policy_pass.accumulation_steps),
             torch.Generator().manual_seed(name % (1 << 62)),
-            engine.world,
+            world,
         )
         self._samples.append(sample)
         width = sample.token_ids.size(1)
@@ -143,17 +153,19 @@ class StepObserver:
             exact_hidden: whether another forward pass gives the training pass's hidden states.
             gradients: by ``id`` of the parameter, where they are not the parameters' own.
         """
-        if not any(bool(sample.mask.any()) for sample in self._samples):
+        counted = sum(int(sample.mask.sum()) for sample in self._samples)
+        device = next(engine.policy.parameters()).device
+        if not self._samples or not engine.world.total_int(counted, device):
             self._forget()
             return
-        head = engine.head()
-        lm_head = core_head(head)
 
         def hidden() -> Tensor:
             with torch.no_grad(), autocast():
                 return batch.run(engine)
 
-        with eval_mode(engine.policy):
+        with eval_mode(engine.policy), engine.reading():
+            head = engine.head()
+            lm_head = core_head(head)
             batch = make_batch(self._samples, lm_head, engine.world)
             if not exact_hidden:
                 batch = batch.with_hidden(hidden(), lm_head)
@@ -162,21 +174,28 @@ class StepObserver:
                 hidden,
                 lm_head,
                 head.parameter,
-                ProposedStep(engine.optimizer, gradients),
+                engine.proposed_step()
+                if gradients is None
+                else ProposedStep(engine.optimizer, gradients),
                 batch.reference,
                 batch.hidden,
                 batch.weights,
+                None if engine.world.alone else engine.world.total,
             )
-            whole = probe.mean(probe.along(self.depth))
-            if head.parameter.requires_grad:
-                alone = whole if self.depth == 0 else probe.mean(probe.along(0))
-                self._found["head_policy_shift"] = alone.policy
-        self._found["predicted_policy_shift"] = whole.policy
-        self._found["predicted_objective_shift"] = whole.objective
+            self._foresee(probe, trained=head.parameter.requires_grad)
         noise = self._noise(batch)
         if noise is not None:
             self._found["gradient_noise"] = noise
         self._batch = batch
+
+    def _foresee(self, probe: Probe, *, trained: bool) -> None:
+        if trained or self.depth != 0:  # else nothing that is looked at moves
+            whole = probe.mean(probe.along(self.depth))
+            self._found["predicted_policy_shift"] = whole.policy
+            self._found["predicted_objective_shift"] = whole.objective
+        if trained:
+            alone = whole if self.depth == 0 else probe.mean(probe.along(0))
+            self._found["head_policy_shift"] = alone.policy
 
     def _noise(self, batch: StepBatch) -> float | None:
         chosen = batch.chosen
@@ -193,6 +212,12 @@ class StepObserver:
             completion[chosen],
             torch.tensor([names[prompt] for prompt in prompts]),
         )
+        if not batch.world.alone:  # each process's is unbiased: so is their mean
+            here = [0.0, 0.0, 0.0] if estimate is None else [*estimate, 1.0]
+            trace, signal, count = batch.world.total(
+                torch.tensor(here, dtype=torch.float64, device=chosen.device)
+            ).tolist()
+            estimate = NoiseEstimate(trace / count, signal / count) if count else None
         return None if estimate is None else self.noise.observe(estimate)
 
     @torch.no_grad()
@@ -214,15 +239,15 @@ class StepObserver:
         if batch is None:
             self.discard()
             return {}
-        with eval_mode(engine.policy), autocast():
-            hidden = batch.run(engine)
-        divergence = batch.reference.to(head_logits(core_head(engine.head()), hidden))
-        measured = _mean(divergence, batch.weights)
+        with eval_mode(engine.policy), engine.reading():
+            with autocast():
+                hidden = batch.run(engine)
+            divergence = batch.reference.to(head_logits(core_head(engine.head()), hidden))
         found = {
-            **_token_readings(self._tokens),
+            **_token_readings(self._tokens, engine.world),
             **self._found,
-            "measured_policy_shift": measured.policy,
-            "observed_objective_shift": measured.objective,
+            "measured_policy_shift": batch.mean(divergence.policy_shift),
+            "observed_objective_shift": batch.mean(divergence.objective_shift),
             "mean_length": batch.mean_length,
         }
         if grad_norm is None:
@@ -244,16 +269,14 @@ def _prompts(sample: Sample) -> list[list[int]]:
     return [[token for token, real in zip(*row, strict=True) if real] for row in rows]
 
 
-def _mean(divergence: Divergence, weights: Float[Tensor, " M"]) -> MeanShift:
-    share = weights / weights.sum()
-    both = torch.stack([divergence.policy_shift @ share, divergence.objective_shift @ share])
-    return MeanShift(*both.tolist())
-
-
-def _token_readings(tokens: _Tokens) -> dict[str, float]:
-    """Over all tokens of the step. One transfer to the host."""
+def _token_readings(tokens: _Tokens, world: World) -> dict[str, float]:
+    """Over all tokens of the step, those of all processes. One transfer to the host."""
     shift, gain = torch.cat(tokens.policy_shift), torch.cat(tokens.objective_shift)
-    reason = torch.cat(tokens.reason)
+    reason, entropy = torch.cat(tokens.reason), torch.cat(tokens.entropy)
+    if not world.alone:
+        own = (shift, gain, reason, entropy, torch.ones_like(reason))
+        (*all_of, there), _ = world.rows(*(column[None] for column in own))
+        shift, gain, reason, entropy = (column[there > 0] for column in all_of)
     rejected = (Reason.POLICY_SHIFT, Reason.OBJECTIVE_LOW, Reason.OBJECTIVE_HIGH)
     values = {
         "policy_shift/mean": shift.mean(),
@@ -262,7 +285,7 @@ def _token_readings(tokens: _Tokens) -> dict[str, float]:
         **quantiles("objective_shift", gain, p01=0.01, p50=0.5, p99=0.99, max=1),
         "rejection_rate": (reason != Reason.KEPT).float().mean(),
         **{f"rejection_rate/{one.label}": (reason == one).float().mean() for one in rejected},
-        "entropy": torch.cat(tokens.entropy).mean(),
+        "entropy": entropy.mean(),
     }
     numbers = torch.stack([value.float() for value in values.values()]).tolist()
     return dict(zip(values, numbers, strict=True))

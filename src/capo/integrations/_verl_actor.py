@@ -36,6 +36,7 @@ from capo.integrations._verl_batch import (
     packed_hidden,
     token_loss_scale,
 )
+from capo.integrations._verl_monitor import Monitor, foreseen_growth
 from capo.integrations._verl_options import Options
 from capo.integrations._verl_state import load_everywhere, save_once
 
@@ -115,19 +116,14 @@ class Actor:
         self.judge = self._make_judge(options, optimizer_config)
         self.region = options.region()
         self.control = self._make_control(self.region, seed)
+        self.monitor = self._make_monitor(options, optimizer_config, seed)
         self._now: _Step | None = None
 
     def _make_judge(self, options: Options, optimizer_config: Any) -> Judge | None:
         rule = options.rule()
-        vocabulary = read_head(self.module, 1.0).weight.size(0)
         if rule is None:
             return None
-        top_k = options.curvature_top_k
-        if top_k is not None and top_k > vocabulary:
-            raise InputError(
-                "fsdp_config.capo.curvature_top_k",
-                f"must be at most the vocabulary size {vocabulary} or null, got {top_k}.",
-            )
+        self._check_top_k(options)
         step_model = StepModel(
             options.step_model,  # type: ignore[arg-type]
             options.moments,  # type: ignore[arg-type]
@@ -135,6 +131,26 @@ class Actor:
             {"betas": tuple(optimizer_config.betas), "eps": 1e-8},
         )
         return Judge(rule, step_model, options.curvature, self.world)
+
+    def _check_top_k(self, options: Options) -> None:
+        vocabulary, top_k = read_head(self.module, 1.0).weight.size(0), options.curvature_top_k
+        if top_k is not None and top_k > vocabulary:
+            raise InputError(
+                "fsdp_config.capo.curvature_top_k",
+                f"must be at most the vocabulary size {vocabulary} or null, got {top_k}.",
+            )
+
+    def _make_monitor(self, options: Options, optimizer_config: Any, seed: int) -> Monitor | None:
+        if options.monitored() is None:
+            return None
+        self._check_top_k(options)
+        return Monitor(
+            options,
+            {"betas": tuple(optimizer_config.betas), "eps": 1e-8},
+            trained=read_head(self.module, 1.0).parameter.requires_grad,
+            seed=seed,
+            rank=self.world.rank,
+        )
 
     def _make_control(self, region: TrustRegion | None, seed: int) -> StepControl | None:
         if region is None:
@@ -168,6 +184,10 @@ class Actor:
         self._now = _Step(self._view(float(temperature)), config, count, {})
         if self.control is not None:
             self._prepare_control(self.control, config, len(data))
+        if self.monitor is not None:
+            completions = len(data) * self.world.size
+            prompts = math.ceil(completions / max(config.rollout_n, 1))
+            self.monitor.begin(completions, prompts, config.ppo_epochs)
         try:
             yield self._now.ledger
         finally:
@@ -206,6 +226,9 @@ class Actor:
             hidden = packed_hidden(passes[-1], data)[laid.positions]
             if self.judge is not None:
                 metrics = {**metrics, **self._select(self.judge, now, laid, hidden, loss, gate)}
+            if self.monitor is not None:
+                seen = self._pass(now, laid, hidden, loss, gate)
+                self.monitor.micro_batch(laid.inputs, seen, now.view, self.steps)
             if self.control is not None:
                 self.control.collect(
                     laid.inputs,
@@ -216,6 +239,24 @@ class Actor:
                 )
         return loss, metrics
 
+    def _pass(
+        self,
+        now: _Step,
+        laid: Completions,
+        hidden: Float[Tensor, "B T d"],
+        loss: Tensor,
+        gate: GradientGate,
+    ) -> PolicyPass:
+        gradient = gate.gradient(loss)
+        return PolicyPass(
+            hidden=hidden,
+            token_ids=laid.token_ids,
+            mask=laid.mask,
+            loss_gradient=torch.where(laid.mask, gradient[laid.positions], 0.0),
+            loss_scale=token_loss_scale(now.config, laid.mask),
+            accumulation_steps=now.micro_batches,
+        )
+
     def _select(
         self,
         judge: Judge,
@@ -225,17 +266,10 @@ class Actor:
         loss: Tensor,
         gate: GradientGate,
     ) -> dict[str, float]:
-        gradient = gate.gradient(loss)
-        judged = PolicyPass(
-            hidden=hidden,
-            token_ids=laid.token_ids,
-            mask=laid.mask,
-            loss_gradient=torch.where(laid.mask, gradient[laid.positions], 0.0),
-            loss_scale=token_loss_scale(now.config, laid.mask),
-            accumulation_steps=now.micro_batches,
-        )
+        judged = self._pass(now, laid, hidden, loss, gate)
         verdict = judge.judge(judged, now.view.head(), now.view)
-        weights = torch.ones_like(gradient)
+        assert gate.output is not None
+        weights = torch.ones_like(gate.output)
         weights[laid.positions[laid.mask]] = verdict.weights[laid.mask].to(weights.dtype)
         gate.weights = weights
         for callback in self.token_callbacks:
@@ -250,6 +284,8 @@ class Actor:
         now.taken = True
         if self.control is not None:
             self.control.before_step(now.view, self.autocast, exact_hidden=self.exact_hidden)
+        if self.monitor is not None:
+            self.monitor.before_step(now.view, self.autocast, exact_hidden=self.exact_hidden)
 
     def after_step(self, *_: Any) -> None:
         """Called by the optimizer when it has stepped."""
@@ -259,12 +295,13 @@ class Actor:
         self.control.restore(now.view)
         now.ledger.update(self.control.after_step(now.view, self.autocast, self.steps + 1))
 
-    def finish_step(self, grad_norm: float) -> None:
+    def finish_step(self, grad_norm: float, scheduler: Any) -> None:
         """Take the judged gradient into the moments, clipped as the real one was.
 
         Args:
             grad_norm: of the whole model, before clipping. Where it is not finite, verl has skipped the
                 step.
+            scheduler: of the learning rate.
         """
         now = self._now
         taken = now is not None and now.taken
@@ -275,6 +312,19 @@ class Actor:
                 self.judge.step_model.discard()
         if self.control is not None and not taken:
             self.control.discard()
+        if self.monitor is not None:
+            if now is not None and taken:
+                seen = self.monitor.after_step(
+                    now.view,
+                    self.autocast,
+                    grad_norm,
+                    self.max_norm or 0.0,
+                    step=self.steps + 1,
+                    growth=foreseen_growth(scheduler, self.steps),
+                )
+                now.ledger.update(seen)
+            else:
+                self.monitor.discard()
         self.steps += 1
 
     # Checkpoints
@@ -286,6 +336,8 @@ class Actor:
             state |= self.judge.step_model.state_dict() or {}
         if self.control is not None:
             state |= self.control.state_dict()
+        if self.monitor is not None:
+            state |= self.monitor.state_dict()
         save_once(folder, state, self.world)
 
     def load(self, folder: Path) -> None:
@@ -301,5 +353,7 @@ class Actor:
         if self.control is not None:
             self.control.load_state_dict(state)
         state.pop("trust_region", None)
+        if self.monitor is not None:
+            self.monitor.load_state_dict(state)
         if simulated and self.judge is not None and state:
             self.judge.step_model.load_state_dict(state)

@@ -23,6 +23,19 @@ _CHOICES = {
 
 
 @dataclass(frozen=True)
+class Monitored:
+    """What a monitor looks at.
+
+    Attributes:
+        rule: whose rejections are counted.
+        sequences: completions on which a step is measured; None for all.
+    """
+
+    rule: Rule
+    sequences: int | str | None
+
+
+@dataclass(frozen=True)
 class Options:
     """The keys of ``actor_rollout_ref.actor.fsdp_config.capo``.
 
@@ -39,6 +52,9 @@ class Options:
         renormalize: renormalise the policy over those rows, as the paper does.
         grad_scale: factor on a token's own gradient where it meets Adam's moments.
         impl: backend of the curvature, see :func:`capo.token_curvature`.
+        monitor: only look: true, or a mapping of `thresholds` (whose rejections are counted, as
+            `selection`; the paper's) and `sequences` (completions on which a step is measured: ``"auto"``,
+            a number, or null for all). No bit of the training changes.
 
     Raises:
         InputError: a value is not allowed; names the key and what is.
@@ -53,6 +69,7 @@ class Options:
     renormalize: bool = True
     grad_scale: float = 1.0
     impl: str = "auto"
+    monitor: dict[str, Any] | bool | None = None
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -68,6 +85,8 @@ class Options:
         if not (_is_number(self.grad_scale, int | float) and self.grad_scale > 0):
             raise _error("grad_scale", f"must be a positive number, got {self.grad_scale!r}.")
         self.rule()
+        if self.monitored() is not None and (self.selection, self.trust_region) != (None, None):
+            raise _error("monitor", "only looks: leave out selection and trust_region, or monitor.")
         region = self.region()
         if region is not None and region.step_length == "quadratic":
             raise _error(
@@ -80,7 +99,32 @@ class Options:
     @property
     def on(self) -> bool:
         """Whether anything is to be done."""
-        return self.selection is not None or self.trust_region is not None
+        return self.monitored() is not None or (self.selection, self.trust_region) != (None, None)
+
+    def monitored(self) -> Monitored | None:
+        """What `monitor` stands for; None where nothing is only looked at."""
+        given = self.monitor
+        if given is None or given is False:
+            return None
+        if given is True:
+            given = {}
+        if not isinstance(given, Mapping):
+            raise _error("monitor", f"must be true, false or a mapping, got {given!r}.")
+        for key in given:
+            if key not in ("thresholds", "sequences"):
+                raise _error(f"monitor.{key}", "is not known; allowed are thresholds, sequences.")
+        sequences = given.get("sequences", "auto")
+        if not (sequences in ("auto", None) or (_is_number(sequences, int) and sequences >= 1)):
+            raise _error(
+                "monitor.sequences", f"must be 'auto', an integer ≥ 1 or null, got {sequences!r}."
+            )
+        try:
+            rule = capo.make_rule(given.get("thresholds", "capo"))
+        except InputError as error:
+            raise _error(f"monitor.thresholds.{error.field}", error.message) from None
+        if rule is None or isinstance(rule, TokenRule):
+            raise _error("monitor.thresholds", "must be a rule of shifts.")
+        return Monitored(rule, sequences)
 
     @property
     def curvature(self) -> dict[str, Any]:
@@ -137,7 +181,7 @@ def check_layout(model_config: Any, engine_config: Any) -> None:
             head that is sharded by itself.
     """
     actor = "actor_rollout_ref.actor"
-    off = "or leave selection and trust_region out of fsdp_config.capo."
+    off = "or leave selection, trust_region and monitor out of fsdp_config.capo."
     if engine_config.strategy != "fsdp2":
         raise InputError(
             f"{actor}.strategy",

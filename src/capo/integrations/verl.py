@@ -10,7 +10,8 @@ Between a loss and its backward pass the tokens are judged by the gradient of th
 their log-probabilities, so that every loss, ratio and clip of verl counts, and the gradient of every
 rejected token is gated. Between the clipped gradient and the optimizer's step the trust region foresees
 the policy shift and shortens the step. Everything that is decided about a micro-batch is decided on the
-rows of all processes. With neither selection nor trust region the engine is verl's own, bit for bit.
+rows of all processes. With ``monitor=true`` instead of them everything is logged and no bit of the training
+changes; with none of the three the engine is verl's own.
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ class CAPOEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         """Clip and step; then the moments that judge the next step advance."""
         norm: float = super().optimizer_step()
         if self._actor is not None:
-            self._actor.finish_step(norm)
+            self._actor.finish_step(norm, self.lr_scheduler)
         return norm
 
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:

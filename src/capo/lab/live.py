@@ -17,6 +17,7 @@ from capo.lab.readings import POLICY_SHIFT, Series, curve
 
 NAME, VALUE = 21, 33  # columns of a reading's name, and of its value
 CURVE = 40  # columns of a curve at most
+LEAST = 8  # and at least: where there is no room for so many, there is none
 BUDGET = "capo/trust/budget"
 
 
@@ -131,7 +132,7 @@ class View(progress.Progress):
         """The bar and the readings."""
         if self.task is not None:
             width = 0 if options.ascii_only else options.max_width - NAME - VALUE - 4
-            yield Group(self.bar, self._table(min(CURVE, width)))
+            yield Group(self.bar, self._table(min(CURVE, width) if width >= LEAST else 0))
 
     def _table(self, width: int) -> Table:
         table = Table.grid(padding=(0, 1))
@@ -154,7 +155,7 @@ class View(progress.Progress):
 
     @staticmethod
     def _curve(values: Sequence[float], width: int, *, log: bool = False) -> Text:
-        return Text(curve(values, max(0, width), log=log), style="cyan")
+        return Text(curve(values, width, log=log), style="cyan")
 
     def _warned(self) -> Text:
         if not self.warnings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,8 @@ if TYPE_CHECKING:
     from capo.integrations.trl import CAPOTrainer
 
 
-def attach_monitor(trainer: CAPOTrainer) -> CurvatureMonitor:
-    """Monitor a trainer; the run's recorder tells what is found.
+def attach_monitor(trainer: CAPOTrainer, every: int) -> CurvatureMonitor:
+    """Monitor every so many steps of a trainer; the run's recorder tells what is found.
 
     Raises:
         InputError: the trainer cannot be monitored.
@@ -22,10 +23,14 @@ def attach_monitor(trainer: CAPOTrainer) -> CurvatureMonitor:
 
     # Without any handler Python would print what the recorder tells already.
     logging.getLogger("capo.monitor").addHandler(logging.NullHandler())
-    return CurvatureMonitor(trainer)
+    return CurvatureMonitor(trainer, every=every)
 
 
-def was_monitored(directory: RunDirectory) -> bool:
-    """Whether a run has logged a monitor's readings."""
-    rows = directory.rows("metrics.jsonl")
-    return any(key.startswith("capo/monitor/") for row in rows for key in row)
+def monitored_every(directory: RunDirectory) -> int | None:
+    """Every how many steps a run was monitored, by what it has logged; None where it was not."""
+    seen = [
+        row["step"]
+        for row in directory.rows("metrics.jsonl")
+        if any(key.startswith("capo/monitor/") for key in row)
+    ]
+    return min((b - a for a, b in itertools.pairwise(seen)), default=1) if seen else None

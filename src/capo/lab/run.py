@@ -23,7 +23,7 @@ from capo.lab.config import (
     check_vocabulary,
     parse_config,
 )
-from capo.lab.monitoring import attach_monitor, was_monitored
+from capo.lab.monitoring import attach_monitor, monitored_every
 from capo.lab.progress import Progress
 from capo.lab.provenance import collect_provenance, dirty_diff
 from capo.lab.recording import ABOUT, Recording, make_recording
@@ -76,7 +76,7 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     tokens: int | None = None,
-    monitor: bool = False,
+    monitor: int | None = None,
 ) -> Path:
     """Train a policy as ``config`` says and write the run to ``output``.
 
@@ -91,8 +91,8 @@ def train(
         progress: hears of every step and evaluation.
         tokens: record the tokens of every so many steps, for `capo inspect`; by default every step of
             a run that judges its tokens, and none of another. It changes no weight.
-        monitor: attach a `capo.CurvatureMonitor`, whose readings are logged and whose warnings are told.
-            It changes no weight; a run that is continued goes on with the one it had.
+        monitor: look at every so many steps with a `capo.CurvatureMonitor`, whose readings are logged and
+            whose warnings are told. It changes no weight; a run that is continued goes on as it began.
 
     Returns:
         the run directory.
@@ -109,7 +109,8 @@ def train(
     else:
         directory.check_free(overwrite)
     recording = make_recording(config, tokens, directory if resume else None)
-    monitor = monitor or (resume and was_monitored(directory))
+    if resume and monitor is None:
+        monitor = monitored_every(directory)
     quiet_libraries()
     ingredients = prepare(config, directory)
     with directory.locked(), threads(config.run.threads):
@@ -253,7 +254,7 @@ def _run(
     ingredients: Ingredients,
     progress: Progress,
     recording: Recording,
-    monitor: bool,
+    monitor: int | None,
 ) -> None:
     from capo.lab.recorder import stop_on_signals
 
@@ -278,7 +279,7 @@ def _build_trainer(
     progress: Progress,
     stop: StopRequest,
     recording: Recording,
-    monitor: bool,
+    monitor: int | None,
 ) -> CAPOTrainer:
     from capo.lab.ledger import Ledger
     from capo.lab.recorder import Recorder
@@ -311,8 +312,8 @@ def _build_trainer(
         shift_callbacks=[ledger] if ledger is not None else [],
         token_watch=watch,
     )
-    if monitor:
-        recorder.monitor = attach_monitor(trainer)
+    if monitor is not None:
+        recorder.monitor = attach_monitor(trainer, monitor)
     return trainer
 
 

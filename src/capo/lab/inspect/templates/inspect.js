@@ -52,13 +52,23 @@
     return a !== 0 && (a < 1e-3 || a >= 1e4) ? x.toExponential(2) : String(+x.toPrecision(4));
   };
 
-  // Colours: cividis (Nuñez et al. 2018) for sizes, blue to orange for signs; both keep their order without hue
-  const CIVIDIS = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"];
-  const SIGNS = ["#08519c", "#3182bd", "#6baed6", "#bdd7e7", "#f2f2f2", "#fdd0a2", "#fd9a4c", "#d95f0e", "#8c3804"];
+  // Colours: what is small recedes into the page, what is large stands out, in either theme. All keep their
+  // order in lightness alone, so that they are read without hue; in the dark cividis (Nuñez et al. 2018).
+  const THEMES = {
+    light: {
+      sizes: ["#f4f5f7", "#e6eaf2", "#cfd8ea", "#b1c1de", "#8fa5cd", "#6d87b8", "#4d699f", "#334c82", "#1d3162", "#00163f"],
+      signs: ["#08306b", "#2171b5", "#6baed6", "#bdd7e7", "#f4f5f7", "#fdd0a2", "#fd9a4c", "#d95f0e", "#7f2704"],
+    },
+    dark: {
+      sizes: ["#1b2233", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"],
+      signs: ["#c6e2f5", "#7fbce3", "#3f8fcb", "#1d4f80", "#1b2233", "#6b3510", "#b5581a", "#ec8a3c", "#fdd0a2"],
+    },
+  };
+  const stops = () => THEMES[document.documentElement.dataset.theme] ?? THEMES.light;
   const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
-  function mix(stops, x) {
-    const place = Math.min(Math.max(x, 0), 1) * (stops.length - 1), i = Math.min(Math.floor(place), stops.length - 2);
-    const [a, b] = [rgb(stops[i]), rgb(stops[i + 1])];
+  function mix(ramp, x) {
+    const place = Math.min(Math.max(x, 0), 1) * (ramp.length - 1), i = Math.min(Math.floor(place), ramp.length - 2);
+    const [a, b] = [rgb(ramp[i]), rgb(ramp[i + 1])];
     return a.map((v, k) => Math.round(v + (b[k] - v) * (place - i)));
   }
   const linear = (v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
@@ -75,17 +85,17 @@
   function colour(name, v) {
     const scale = SCALES[name];
     if (!Number.isFinite(v)) return null;
-    if (name === "surprise") return mix(CIVIDIS, 1 - Math.exp(-v));
+    if (name === "surprise") return mix(stops().sizes, 1 - Math.exp(-v));
     const size = Math.abs(v);
     const place = size === 0 ? 0 : scale.log ? logPlace(size, scale.low, scale.high) : size / scale.high;
     const x = Math.min(Math.max(place, 0), 1);
-    return scale.sign ? mix(SIGNS, 0.5 + Math.sign(v) * x / 2) : mix(CIVIDIS, x);
+    return scale.sign ? mix(stops().signs, 0.5 + Math.sign(v) * x / 2) : mix(stops().sizes, x);
   }
   function legend() {
-    const name = $("colour").value, scale = SCALES[name], stops = scale.sign ? SIGNS : CIVIDIS;
+    const name = $("colour").value, scale = SCALES[name], ramp = scale.sign ? stops().signs : stops().sizes;
     const ends = scale.text ?? (scale.sign ? [`−${number(scale.high)}`, `+${number(scale.high)}`] : [number(scale.low), number(scale.high)]);
     const bar = document.createElement("i");
-    bar.style.background = `linear-gradient(90deg, ${stops.join(",")})`;
+    bar.style.background = `linear-gradient(90deg, ${ramp.join(",")})`;
     $("legend").replaceChildren(ends[0], bar, ends[1], scale.log ? " (log)" : "", " · framed: rejected");
     $("legend").setAttribute("aria-label", `colours from ${ends[0]} to ${ends[1]}; rejected tokens are framed and underlined twice`);
   }
@@ -321,7 +331,7 @@
   let kept = null;
   try { kept = localStorage.getItem("capo-theme"); } catch { /* as above */ }
   theme(kept ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
-  $("theme").onclick = () => theme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
+  $("theme").onclick = () => { theme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"); if (current) recolour(); };
   $("help-button").onclick = () => $("help").showModal();
   $("step").max = data.steps.length - 1;
   $("step").oninput = () => go(data.steps[+$("step").value]);
