@@ -30,7 +30,7 @@ PAGES = {  # repository path -> page of the site
     "CHANGELOG.md": "changelog.md",
     "src/capo/core/README.md": "core.md",
 }
-PUBLISHED = {".png", ".svg", ".csv", ".json"}  # of results/, beside the pages
+PUBLISHED = {".png", ".svg", ".csv", ".json", ".toml"}  # of results/, beside the pages
 OVERVIEW = "<!-- results -->"
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 _FENCE = re.compile(r"^(```|~~~).*?^\1\s*$", flags=re.DOTALL | re.MULTILINE)

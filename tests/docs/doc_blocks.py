@@ -14,6 +14,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterable
+from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"python", "sh", "toml", "json", "text", "diff"}
 OTHERS = {"accelerate", "torchrun", "tensorboard", "git", "cd", "export", "source", "."}
 CHEAP = {"presets", "doctor"}
+INSTALLS = {
+    "--install-completion",
+    "--show-completion",
+}  # into the shell that asks; see test_completion
 CHEAP_PROBLEMS = 64  # of `capo eval`
 
 _FENCE = re.compile(r"^ *(?:```+|~~~+) *(\S*)", re.MULTILINE)
@@ -89,10 +94,13 @@ def check_command(words: list[str]) -> None:
 
 def check_capo(arguments: list[str]) -> None:
     """Parse a ``capo`` command as the real one does; run it where that is cheap."""
-    if arguments and arguments[0].startswith("-"):
-        run_capo(arguments)
-        return
     group = typer.main.get_command(app)
+    if arguments and arguments[0].startswith("-"):
+        known = {option for param in group.params for option in param.opts}
+        assert set(arguments) <= known | {"--help"}, arguments
+        if arguments[0] not in INSTALLS:
+            run_capo(arguments)
+        return
     name, *rest = arguments
     command = group.commands.get(name)  # type: ignore[attr-defined]
     assert command is not None, f"there is no `capo {name}`"
@@ -180,8 +188,13 @@ def check_requirement(requirement: str) -> None:
 
 
 def run_capo(arguments: list[str]) -> None:
-    """Run the command in this process."""
-    result = CliRunner().invoke(app, arguments)
+    """Run the command in this process; one that stands on several pages is run once."""
+    _run(tuple(arguments))
+
+
+@cache
+def _run(arguments: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, list(arguments))
     assert result.exit_code == 0, f"capo {' '.join(arguments)}: {result.output}"
 
 

@@ -41,6 +41,7 @@ def test_links_lead_somewhere() -> None:
     ("line", "fault"),
     [
         ("capo trian small-capo", "no `capo trian`"),
+        ("capo --instal-completion", "--instal-completion"),
         ("capo train small-capo --ouput runs/x", "ouput"),
         ("capo train small-cap", "no preset"),
         ("capo train small-capo training.learning_rat=1", "learning_rat"),

@@ -131,3 +131,14 @@ def test_the_papers_thresholds_and_presets_agree() -> None:
     for base, name in (("capo", "paper-aggressive"),):
         assert load_config(name).capo.selection == base
         assert base in capo.PAPER_THRESHOLDS
+
+
+def test_the_monitor_is_on_in_at_most_five_added_lines() -> None:
+    """The page's script, which `test_doc_blocks` runs, is plain TRL without the lines marked as added."""
+    page = (ROOT / "docs" / "monitor.md").read_text()
+    (script,) = re.findall(r"```python\n(from trl import GRPOConfig.*?)```", page, re.DOTALL)
+    added = [line for line in script.splitlines() if line.endswith("# added")]
+    assert 1 <= len(added) <= 5
+    rest = [line for line in script.splitlines() if line not in added]
+    assert not any("capo" in line or "monitor" in line for line in rest)
+    compile("\n".join(rest), "plain", "exec")

@@ -160,6 +160,26 @@ def test_page_fits_its_window(opened: Any, width: int) -> None:
     opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+def test_every_figure_is_saved_in_each_form(opened: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    where = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    opened.execute_cdp_cmd("Browser.setDownloadBehavior", where)
+    figures = count(opened, ".chart")
+    assert count(opened, ".save") == 3 * figures
+    slug = opened.execute_script("return document.querySelector('.chart').dataset.figure")
+    begins = {"svg": b"<svg", "png": b"\x89PNG", "csv": b""}
+    for kind, begin in begins.items():
+        click = f"document.querySelector('.save[data-figure=\"{slug}\"][data-kind={kind}]').click()"
+        opened.execute_script(click)
+        saved = tmp_path / f"{slug}.{kind}"
+        WebDriverWait(opened, WAIT).until(lambda _, saved=saved: saved.is_file())
+        assert saved.read_bytes().startswith(begin)
+    beside = Path(opened.current_url.removeprefix("file://"))
+    table = (beside.parent / f"{beside.stem}_figures" / f"{slug}.csv").read_text().splitlines()
+    assert len((tmp_path / f"{slug}.csv").read_text().splitlines()) == len(table)
+
+
 def test_screenshot_is_not_blank(opened: Any) -> None:
     shot = opened.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})["data"]
     assert base64.b64decode(shot).startswith(b"\x89PNG\r\n")

@@ -68,7 +68,13 @@ def test_everything_is_logged_for_every_step(results: Run, name: str) -> None:
         if key != "overhead":
             assert values[::2] == values[1::2], f"{key} differs between processes"
     assert all(shift > 0 for shift in numbers(run, PREFIX + "measured_policy_shift"))
-    assert min(numbers(run, PREFIX + "gradient_noise")) > 0
+
+
+def test_gradient_noise_needs_two_prompts_in_a_process(results: Run) -> None:
+    """Of a mini-batch of four, one process has two prompts and each of two has one."""
+    assert min(numbers(results("monitored-all", 2)[0], PREFIX + "gradient_noise")) > 0
+    assert min(numbers(results("monitored", 1)[0], PREFIX + "gradient_noise")) > 0
+    assert PREFIX + "gradient_noise" not in results("monitored", 2)[0]["metrics"][0]
 
 
 def test_two_processes_read_what_one_does(results: Run) -> None:

@@ -73,13 +73,25 @@
     };
     return [keys.join(",")].concat(rows.map((row) => keys.map((key) => cell(row[key])).join(","))).join("\n") + "\n";
   }
-  document.querySelectorAll(".csv").forEach((button) => button.addEventListener("click", () => {
-    const rows = payload.figures[button.dataset.figure].datasets.data;
+  function save(name, blob) {
     const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([toCsv(rows)], { type: "text/csv" }));
-    link.download = button.dataset.figure + ".csv";
+    link.href = URL.createObjectURL(blob);
+    link.download = name;
     link.click();
     URL.revokeObjectURL(link.href);
+  }
+  // As it is shown: the theme's colours, the series that are switched on.
+  const SAVERS = {
+    csv: async (slug) => new Blob([toCsv(payload.figures[slug].datasets.data)], { type: "text/csv" }),
+    svg: async (slug) => new Blob([await views.get(slug).view.toSVG()], { type: "image/svg+xml" }),
+    png: async (slug) => {
+      const canvas = await views.get(slug).view.toCanvas(2);
+      return new Promise((done) => canvas.toBlob(done, "image/png"));
+    },
+  };
+  document.querySelectorAll(".save").forEach((button) => button.addEventListener("click", async () => {
+    const { figure, kind } = button.dataset;
+    save(`${figure}.${kind}`, await SAVERS[kind](figure));
   }));
 
   label();
