@@ -145,6 +145,44 @@ def test_other_commands_refuse_too(run_capo, tmp_path, monkeypatch, arguments, s
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ModuleNotFoundError("x", name="trl"), "trl is missing; pip install 'capo-rl[trl]'"),
+        (ModuleNotFoundError("x", name="transformers.models"), "pip install 'capo-rl[trl]'"),
+        (ModuleNotFoundError("x", name="altair"), "pip install 'capo-rl[lab]'"),
+        (ModuleNotFoundError("x", name="reasoning_gym"), "pip install 'capo-rl[tasks]'"),
+        (ModuleNotFoundError("x", name="vl_convert"), "pip install 'capo-rl[lab]'"),
+        (ModuleNotFoundError("x", name="peft"), "peft is missing; pip install peft"),
+        (
+            ImportError("undefined symbol: z", name="torch"),
+            "undefined symbol: z; `capo doctor` says",
+        ),
+    ],
+    ids=str,
+)
+def test_a_missing_package_is_named_with_its_remedy(run_capo, monkeypatch, error, says):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("capo.lab.sources.preset_names", fail)
+    code, out, err = run_capo("presets")
+    assert (code, out) == (2, "")
+    assert err.startswith("capo: ")
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_a_fault_of_our_own_is_not_called_a_missing_package(monkeypatch):
+    def fail(*_):
+        raise ModuleNotFoundError("x", name="capo.absent")
+
+    monkeypatch.setattr("capo.lab.sources.preset_names", fail)
+    monkeypatch.setattr(sys, "argv", ["capo", "presets"])
+    with pytest.raises(ModuleNotFoundError):
+        main()
+
+
 @pytest.mark.slow
 def test_train_eval_compare_and_report(run_capo, tmp_path):
     grpo, judged = tmp_path / "grpo", tmp_path / "capo"

@@ -48,17 +48,25 @@ def main() -> None:
     except InputError as error:
         typer.echo(f"capo: {error}", err=True)
         sys.exit(2)
-    except ModuleNotFoundError as error:
-        extra = {
-            "trl": "trl",
-            "transformers": "trl",
-            "datasets": "trl",
-            "reasoning_gym": "tasks",
-        }.get(error.name or "", "lab")
-        if error.name is None or error.name.startswith("capo"):
+    except ImportError as error:
+        module = (error.name or "").partition(".")[0]
+        if module in ("", "capo"):  # a fault of ours
             raise
-        typer.echo(f"capo: {error.name} is missing; pip install 'capo-rl[{extra}]'", err=True)
+        typer.echo(f"capo: {_remedy(error, module)}", err=True)
         sys.exit(2)
+
+
+def _remedy(error: ImportError, module: str) -> str:
+    """What to do about a package that is missing, or cannot be imported."""
+    from capo.doctor.requirements import install_line, needed
+
+    if not isinstance(error, ModuleNotFoundError):
+        return f"{error}; `capo doctor` says what is broken and what to do"
+    asked = next((each for each in needed() if each.module == module), None)
+    if asked is None:
+        return f"{module} is missing; pip install {module}"
+    extra = next((extra for extra in ("trl", *asked.extras) if extra in asked.extras and extra), "")
+    return f"{module} is missing; {install_line(extra) if extra else asked.fix}"
 
 
 if __name__ == "__main__":
