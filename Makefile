@@ -38,7 +38,7 @@ $(VERL)/.installed: pyproject.toml constraints-verl.txt
 	  pytest pytest-timeout
 	touch $@
 
-# Two gloo processes under torchrun, two workers under Ray; about five minutes.
+# Two gloo processes under torchrun, two workers under Ray; some ten minutes on two idle cores.
 test-verl: $(VERL)/.installed
 	$(VERL)/bin/python -m pytest tests/verl_engine
 
