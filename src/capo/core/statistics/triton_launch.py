@@ -109,7 +109,11 @@ def _precision(hidden: Tensor) -> str:
         # which "tf32x3" splits the other operand keep 22 of its 24 bits, on the tensor cores.
         return "tf32x3"
     # float32 hidden states: as torch's own matmul is told to.
-    return {"highest": "ieee", "high": "tf32x3"}.get(torch.get_float32_matmul_precision(), "tf32")
+    try:
+        said = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was said by torch's newer settings, as transformers' own `tf32` does
+        said = "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+    return {"highest": "ieee", "high": "tf32x3"}.get(said, "tf32")
 
 
 def _cast(hidden: Tensor, other: Tensor) -> bool:
