@@ -39,15 +39,26 @@ ALGORITHMS: dict[str, tuple[LossType, Scaling]] = {
 }
 
 
+# Keys that recorded runs do not know: at their defaults they are no part of what a run is.
+_LATER = (
+    ("run", "device", "auto"),
+    ("run", "max_seconds", None),
+    ("training", "tf32", False),
+)
+
+
 class RunSection(Section):
     """``[run]``: everything random in a run follows from the seed.
 
     ``threads`` (CPU threads; by default as many as torch chooses) is part of what a run is: the
-    order of a sum depends on it.
+    order of a sum depends on it. So is the ``device``; ``auto`` is a GPU where there is one.
+    ``max_seconds`` (wall clock, evaluations included) ends a run after the step under way, evaluated.
     """
 
     seed: Seed = 0
     threads: PositiveInt | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_seconds: PositiveFloat | None = None
     name: str | None = None
 
 
@@ -90,7 +101,8 @@ class TrainingSection(Section):
     ``completions_per_step`` is the batch of one optimizer step over all processes; ``micro_batch``
     the completions of one forward and backward pass on one device. ``steps`` counts optimizer
     steps; where it is absent, ``epochs`` over ``task.train_problems`` decides. The optimizer
-    ``momentum`` is SGD with the first of ``adam_betas`` as its momentum.
+    ``momentum`` is SGD with the first of ``adam_betas`` as its momentum. ``tf32`` multiplies float32
+    matrices on a GPU's matrix units, with 10 bits of their mantissas.
     """
 
     learning_rate: PositiveFloat = 1e-4
@@ -114,6 +126,7 @@ class TrainingSection(Section):
     max_completion_tokens: PositiveInt | None = None
     micro_batch: PositiveInt | None = None
     bf16: bool = False
+    tf32: bool = False
     gradient_checkpointing: bool = False
     save_every: PositiveInt | None = None
 
@@ -321,6 +334,8 @@ class Config(Section):
                 f"must be a multiple of algorithm.num_iterations ({algorithm.num_iterations}), "
                 f"got {training.save_every}.",
             )
+        if training.tf32 and self.run.device == "cpu":
+            raise InputError("training.tf32", "must be false with run.device 'cpu'.")
         if self.capo.step_model == "sgd" and self.capo.moments == "optimizer":
             raise InputError(
                 "capo.moments",
@@ -397,6 +412,9 @@ class Config(Section):
         """What decides the result: the resolved configuration without the run's name."""
         document = self.model_dump(mode="json")
         del document["run"]["name"]
+        for section, key, default in _LATER:
+            if document[section][key] == default:
+                del document[section][key]
         return document
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import TrainerCallback
 
 from capo.lab.config import Config
@@ -31,9 +32,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class StopRequest:
-    """Whether someone asked the run to stop; the step under way is finished first."""
+    """Whether the run is to stop; the step under way is finished first.
+
+    Attributes:
+        requested: someone asked for it.
+        out_of_time: its wall clock is used up.
+    """
 
     requested: bool = False
+    out_of_time: bool = False
 
 
 @contextmanager
@@ -58,6 +65,13 @@ def stop_on_signals(progress: Progress) -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _check_finite(model: torch.nn.Module) -> None:
+    """Raise what sampling would: on a GPU that would end in an assertion that leaves the device unusable."""
+    weights = [parameter.detach() for parameter in model.parameters()]
+    if not bool(torch.nn.utils.get_total_norm(weights).isfinite()):
+        raise RuntimeError("the weights are not finite: they make no probability tensor any more")
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]
@@ -86,7 +100,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         self.alarms = Alarms(config, directory, ledger, progress.warned)
         logged = directory.rows("metrics.jsonl")
         self._seconds_before = float(logged[-1]["seconds"]) if logged else 0.0
-        self._started = time.monotonic()
+        self._started = self._began = time.monotonic()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -98,14 +112,19 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             self._evaluate(0)
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
         """Write the step's tokens, evaluate if it is time, stop if that was asked."""
         step = state.global_step
+        if args.device.type == "cuda":
+            _check_finite(others["model"])
         if self.tokens is not None:
             self.tokens.flush(step)
-        if self._evaluation_due(step):
+        self.stop.out_of_time = step < self.config.steps and self._time_is_over()
+        if self._evaluation_due(step) or self.stop.out_of_time:
             self._evaluate(step)
+        if self.stop.out_of_time:
+            control.should_training_stop = True
         # TRL keeps the completions that it reuses between iterations out of its checkpoints, so a
         # run can only be continued exactly from where new ones are sampled.
         if self.stop.requested and step % self.config.algorithm.num_iterations == 0:
@@ -139,6 +158,11 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Declare the checkpoint whole: the trainer has written all of it."""
         self.directory.mark_complete(state.global_step)
+
+    def _time_is_over(self) -> bool:
+        limit = self.config.run.max_seconds
+        used = self._seconds_before + time.monotonic() - self._began
+        return limit is not None and used >= limit
 
     def _evaluation_due(self, step: int) -> bool:
         every = self.config.eval.every_completions

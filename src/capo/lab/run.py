@@ -23,11 +23,12 @@ from capo.lab.config import (
     check_vocabulary,
     parse_config,
 )
+from capo.lab.devices import check_device, precision
 from capo.lab.monitoring import attach_monitor, monitored_every
 from capo.lab.progress import Progress
 from capo.lab.provenance import collect_provenance, dirty_diff
 from capo.lab.recording import ABOUT, Recording, make_recording
-from capo.lab.rundir import RunDirectory, write_text
+from capo.lab.rundir import OUT_OF_TIME, RunDirectory, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from capo.lab.recorder import StopRequest
     from capo.policies import Policy
     from capo.tasks import Problem, Task
+
+
+_DEFAULT = "its default"
 
 
 class Interrupted(Exception):  # noqa: N818 - the run is not in error
@@ -81,7 +85,8 @@ def train(
     """Train a policy as ``config`` says and write the run to ``output``.
 
     SIGINT and SIGTERM finish the step, save and raise `Interrupted`. A run that was stopped or
-    killed continues with ``resume`` to the weights that it would have reached undisturbed.
+    killed continues with ``resume`` to the weights that it would have reached undisturbed. One that has
+    used up ``run.max_seconds`` is finished, whatever steps are left.
 
     Args:
         config: resolved.
@@ -113,7 +118,7 @@ def train(
         monitor = monitored_every(directory)
     quiet_libraries()
     ingredients = prepare(config, directory)
-    with directory.locked(), threads(config.run.threads):
+    with directory.locked(), threads(config.run.threads), precision(config):
         _begin(directory, config, resume)
         try:
             _run(config, directory, ingredients, progress, recording, monitor)
@@ -154,11 +159,12 @@ def check_resumable(directory: RunDirectory, config: Config) -> None:
         raise InputError("rival.rule", "a run with a rule of others cannot be resumed.")
     recorded = recorded_config(directory.path).identity()
     for section, values in config.identity().items():
-        for key, value in values.items():
-            if recorded[section][key] != value:
+        for key in dict.fromkeys([*values, *recorded[section]]):
+            value, before = (one.get(key, _DEFAULT) for one in (values, recorded[section]))
+            if before != value:
                 raise InputError(
                     f"{section}.{key}",
-                    f"the run in {str(directory.path)!r} has {recorded[section][key]!r} and "
+                    f"the run in {str(directory.path)!r} has {before!r} and "
                     f"cannot be resumed with {value!r}.",
                 )
 
@@ -173,6 +179,7 @@ def prepare(config: Config, directory: RunDirectory) -> Ingredients:
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("WORLD_SIZE", "capo train runs in one process, got more than 1.")
+    check_device(config)
     task = load_configured_task(config.task.name, config.task.params)
     policy = load_policy(config.policy.path)
     check_vocabulary(config, policy.model.get_output_embeddings().weight.shape[0])
@@ -263,13 +270,13 @@ def _run(
         _, checkpoint = directory.last_checkpoint()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step = trainer.state.global_step
-    if step < config.steps:
+    if step < config.steps and not stop.out_of_time:
         raise Interrupted(directory.path, step, config.steps)
     aside = directory.path / ".final.tmp"
     trainer.model.save_pretrained(aside)
     ingredients.policy.tokenizer.save_pretrained(aside)
     aside.replace(directory.final)
-    directory.set_status("finished", step, config.steps)
+    directory.set_status("finished", step, config.steps, OUT_OF_TIME if stop.out_of_time else "")
 
 
 def _build_trainer(
@@ -466,6 +473,7 @@ def _trainer_arguments(config: Config, directory: RunDirectory, task: Task) -> C
         adam_epsilon=training.adam_eps,
         weight_decay=training.weight_decay,
         bf16=training.bf16,
+        use_cpu=config.run.device == "cpu",
         gradient_checkpointing=training.gradient_checkpointing,
         # loss
         loss_type=algorithm.loss_type,

@@ -23,6 +23,7 @@ from capo.core.errors import InputError
 
 State = Literal["running", "interrupted", "finished", "failed"]
 
+OUT_OF_TIME = "the time limit was reached"  # message of a finished run that has steps left
 COMPLETE_MARK = "complete"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _TOKENS = re.compile(r"step-(\d+)\.npz")
@@ -171,6 +172,11 @@ class RunDirectory:
     def state(self) -> str:
         """The state in ``status.json``, ``""`` without one."""
         return str(self.read("status.json").get("state", ""))
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the run ended because its time was over."""
+        return self.state == "finished" and self.read("status.json")["message"] == OUT_OF_TIME
 
     def last_checkpoint(self) -> tuple[int, Path | None]:
         """Step and path of the newest complete checkpoint, ``(0, None)`` where there is none."""

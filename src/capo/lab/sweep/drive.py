@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from capo.lab.pool import Failure, working
 from capo.lab.rundir import RunDirectory
@@ -44,7 +46,15 @@ def distinct(points: Sequence[Point]) -> dict[str, Point]:
     return found
 
 
-def sweep(points: Sequence[Point], runs: Path, jobs: int, watcher: Watcher) -> Swept:
+def sweep(
+    points: Sequence[Point],
+    runs: Path,
+    jobs: int,
+    watcher: Watcher,
+    *,
+    max_seconds: float | None = None,
+    make: Callable[[Point, Path, dict[str, Any]], Mark] = make_point,
+) -> Swept:
     """Make what is missing of the points, ``jobs`` at a time.
 
     Points that are over are never rerun, half-finished ones continue from their last checkpoint, and a
@@ -55,6 +65,8 @@ def sweep(points: Sequence[Point], runs: Path, jobs: int, watcher: Watcher) -> S
         runs: the folder of all run directories.
         jobs: processes, each with one thread.
         watcher: hears of everything.
+        max_seconds: after which it ends, whatever is at work; what is half-finished stays so.
+        make: makes a point; importable by its name.
 
     Returns:
         what was made and what failed.
@@ -78,12 +90,11 @@ def sweep(points: Sequence[Point], runs: Path, jobs: int, watcher: Watcher) -> S
     runs.mkdir(parents=True, exist_ok=True)
     try:
         if missing:
-            with working(
-                min(jobs, len(missing)), make_point, runs, collect_provenance()
-            ) as workers:
+            with working(min(jobs, len(missing)), make, runs, collect_provenance()) as workers:
                 for each in missing.values():
                     workers.submit(each)
-                while workers.running:
+                until = math.inf if max_seconds is None else time.monotonic() + max_seconds
+                while workers.running and time.monotonic() < until:
                     for point, result in workers.finished(TICK):
                         _note(point, result, swept, watcher, runs)
                     watcher.tick()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +17,7 @@ MARK = "lab.json"  # a point that has it is over
 MEASURED = "measured.json"
 FORMAT = 1
 
-Ended = Literal["steps", "diverged"]
+Ended = Literal["steps", "time", "diverged"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Mark:
 
     Attributes:
         fingerprint: of the point.
-        ended: ``diverged``: the weights are no numbers any more, and nothing can be sampled.
+        ended: ``time``: its time was over, with steps left; ``diverged``: the weights are no numbers any
+            more, and nothing can be sampled.
         seconds: wall clock of all processes that were at it, as far as they came to an end.
         provenance: commit, hardware, package versions.
     """
@@ -70,14 +73,36 @@ def make_point(point: Point, runs: Path, provenance: dict[str, Any]) -> Mark:
     return mark
 
 
+def end_point(point: Point, runs: Path, provenance: dict[str, Any]) -> Mark | None:
+    """Let a half-finished point be over as it is; None where it was never evaluated in training."""
+    directory = RunDirectory(runs / point.folder())
+    there = mark_of(directory, point)
+    if there is not None:
+        return there
+    evaluated = directory.rows("evals.jsonl")
+    if len(evaluated) < 2:
+        return None
+    mark = Mark(point.fingerprint(), "time", float(evaluated[-1]["seconds"]), provenance)
+    directory.write(MARK, asdict(mark))
+    shutil.rmtree(directory.checkpoints, ignore_errors=True)
+    return mark
+
+
 def make_policy(point: Point, runs: Path) -> None:
     """Pre-train the point's base policy unless it is there, whole or not at all."""
     if point.cell.recipe is not None:
         pretrained(point.cell.recipe, runs)
 
 
-def pretrained(recipe: dict[str, Any], runs: Path) -> Path:
+def pretrained(
+    recipe: dict[str, Any],
+    runs: Path,
+    *,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Path:
     """The directory of a recipe's policy below ``runs``, pre-trained unless it is there.
+
+    ``progress`` hears of the steps as `capo.policies.pretrain.pretrain` has it.
 
     Raises:
         InputError: the recipe cannot be used.
@@ -91,7 +116,7 @@ def pretrained(recipe: dict[str, Any], runs: Path) -> Path:
             quiet_libraries()
             aside = output.with_name(output.name + ".tmp")
             shutil.rmtree(aside, ignore_errors=True)
-            pretrain(PretrainConfig.from_dict(recipe), aside)
+            pretrain(PretrainConfig.from_dict(recipe), aside, progress=progress)
             aside.replace(output)
     return output
 
@@ -111,15 +136,22 @@ def _make(point: Point, directory: RunDirectory, runs: Path) -> Ended:
             rows = measure(config, directory.path)
             directory.write(MEASURED, {"rows": rows})
     except (RuntimeError, ValueError) as error:
-        if not is_divergence(error):
+        if not is_divergence(error, directory):
             raise
         directory.set_status(
             "finished", int(directory.read("status.json").get("step", 0)), config.steps, "diverged"
         )
         return "diverged"
-    return "steps"
+    return "time" if directory.out_of_time else "steps"
 
 
-def is_divergence(error: Exception) -> bool:
-    """Whether a run failed because its policy is no distribution any more."""
-    return "probability tensor" in str(error)  # what torch says of sampling from infinite logits
+def is_divergence(error: Exception, directory: RunDirectory) -> bool:
+    """Whether a run failed because its policy is no distribution any more.
+
+    A GPU says no more than that an assertion failed; then the last step's gradient tells.
+    """
+    if "probability tensor" in str(error):  # what torch says of sampling from infinite logits
+        return True
+    steps = directory.rows("metrics.jsonl")
+    figures = [float(steps[-1].get(key, 0.0)) for key in ("loss", "grad_norm")] if steps else []
+    return "device-side assert" in str(error) and not all(map(math.isfinite, figures))

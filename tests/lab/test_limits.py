@@ -1,0 +1,153 @@
+"""Runs on a device, and within a time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sweep_kit import GRID
+
+from capo import InputError
+from capo.lab.config import Config
+from capo.lab.devices import check_device, precision
+from capo.lab.recorder import _check_finite
+from capo.lab.run import check_resumable, train
+from capo.lab.rundir import OUT_OF_TIME, RunDirectory
+from capo.lab.sources import load_config
+from capo.lab.sweep import drive
+from capo.lab.sweep.execute import end_point, is_divergence, make_point, mark_of
+from capo.lab.sweep.grid import parse_grid
+from capo.lab.sweep.reading import read_run
+from capo.lab.sweep.watching import Watcher
+from run_kit import tiny
+
+
+def config(*overrides: str) -> Config:
+    return load_config("small-aggressive", list(overrides))
+
+
+def test_defaults_of_the_new_keys_leave_recorded_runs_what_they_are():
+    identity = config().identity()
+    assert not {"device", "max_seconds"} & set(identity["run"])
+    assert "tf32" not in identity["training"]
+    limited = config("run.max_seconds=5.0", "run.device=cpu").identity()
+    assert limited["run"]["max_seconds"] == 5.0
+    assert limited["run"]["device"] == "cpu"
+
+
+def test_a_device_that_is_not_there_or_not_one_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    check_device(config())
+    with pytest.raises(InputError, match=r"run\.device: 'cuda' needs a GPU"):
+        check_device(config("run.device=cuda"))
+    with pytest.raises(InputError, match=r"training\.tf32: needs a GPU"):
+        check_device(config("training.tf32=true"))
+    with pytest.raises(InputError, match=r"training\.tf32: must be false"):
+        config("training.tf32=true", "run.device=cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_device(config("run.device=cpu"))
+    with pytest.raises(InputError, match="must be one GPU, and torch finds 2"):
+        check_device(config())
+
+
+def test_tf32_holds_for_the_run_and_is_undone():
+    before = torch.get_float32_matmul_precision()
+    with precision(config("training.tf32=true")):
+        assert torch.get_float32_matmul_precision() == "high"
+    with precision(config()):
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_end_a_run_as_a_divergence(value, tmp_path):
+    model = torch.nn.Linear(3, 2)
+    _check_finite(model)
+    with torch.no_grad():
+        model.weight[1, 2] = value
+    with pytest.raises(RuntimeError) as error:
+        _check_finite(model)
+    assert is_divergence(error.value, RunDirectory(tmp_path))
+
+
+def test_an_assertion_on_a_gpu_is_a_divergence_only_where_the_last_step_says_so(tmp_path):
+    directory = RunDirectory(tmp_path)
+    error = RuntimeError("CUDA error: device-side assert triggered")
+    assert not is_divergence(error, directory)
+    directory.append("metrics.jsonl", {"step": 1, "loss": 0.1, "grad_norm": 2.0})
+    assert not is_divergence(error, directory)
+    directory.append("metrics.jsonl", {"step": 2, "loss": 0.1, "grad_norm": math.nan})
+    assert is_divergence(error, directory)
+    assert not is_divergence(RuntimeError("out of memory"), directory)
+
+
+@pytest.fixture
+def slow_clock(monkeypatch):
+    """The recorder's clock: ten seconds pass whenever it is looked at."""
+    ticks = itertools.count(step=10.0)
+    clock = SimpleNamespace(monotonic=lambda: next(ticks))
+    monkeypatch.setattr("capo.lab.recorder.time", clock)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("slow_clock")
+def test_a_run_ends_with_its_time_evaluated_and_is_not_resumed(tmp_path: Path):
+    limited = tiny("run.max_seconds=60.0", "training.steps=400", "eval.every_completions=1000000")
+    directory = RunDirectory(train(limited, tmp_path / "run"))
+    status = directory.read("status.json")
+    assert status["state"] == "finished"
+    assert status["message"] == OUT_OF_TIME
+    assert 0 < status["step"] < 400
+    assert directory.out_of_time
+    assert [row["step"] for row in directory.rows("evals.jsonl")] == [0, status["step"]]
+    assert (directory.final / "model.safetensors").is_file()
+    train(limited, directory.path, resume=True)
+    assert directory.read("status.json") == status
+    with pytest.raises(InputError, match=r"run\.max_seconds"):
+        check_resumable(directory, tiny("training.steps=400", "eval.every_completions=1000000"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("slow_clock")
+def test_a_point_ends_with_its_time(tmp_path: Path):
+    text = GRID.replace('"training.steps" = 4', '"training.steps" = 400\n"run.max_seconds" = 90.0')
+    point = parse_grid(text).points()[0]
+    mark = make_point(point, tmp_path, {})
+    assert mark.ended == "time"
+    run = read_run(point, tmp_path)
+    assert run is not None
+    assert run.ended == "time"
+    assert not (tmp_path / point.folder() / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_ends_with_its_time_and_what_is_half_finished_can_be_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    text = GRID.replace('"training.steps" = 4', '"training.steps" = 2000').replace(
+        "seeds = [0, 1]", "seeds = [0]"
+    )
+    points = parse_grid(text).points()[:2]
+    first, second = (RunDirectory(tmp_path / point.folder()) for point in points)
+
+    def clock() -> float:  # stands still until the first point has been evaluated in training
+        return 100.0 if len(first.rows("evals.jsonl")) > 1 else 0.0
+
+    monkeypatch.setattr(drive, "time", SimpleNamespace(monotonic=clock))
+    swept = drive.sweep(points, tmp_path, 1, Watcher(), max_seconds=50.0)
+    assert swept.made == 0
+    assert not swept.failed
+    assert mark_of(first, points[0]) is None
+    closed = end_point(points[0], tmp_path, {})
+    assert closed is not None
+    assert closed.ended == "time"
+    assert end_point(points[0], tmp_path, {"another": 1}) == closed  # what is over stays as it is
+    assert not first.exists or not first.checkpoints.exists()
+    assert end_point(points[1], tmp_path, {}) is None
+    assert not second.exists
