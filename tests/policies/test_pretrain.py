@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import random
 from collections import Counter
@@ -12,8 +14,9 @@ import torch
 
 from capo import InputError
 from capo.policies import EMBEDDED, load_policy, sample_completions
+from capo.policies.batches import Batches
 from capo.policies.measure import measure
-from capo.policies.pretrain import Batches, PretrainConfig, pretrain, weights_hash
+from capo.policies.pretrain import PretrainConfig, _schedule, pretrain, weights_hash
 from capo.policies.strategies import STRATEGIES
 from capo.policies.tokenizer import EOS, PAD, VOCABULARY, build_tokenizer
 from capo.tasks import load_task
@@ -160,9 +163,60 @@ def test_config_from_toml(tmp_path: Path) -> None:
         ({"strategies": {"lucky": 1.0}}, "strategies", "'lucky' is unknown; allowed: careful"),
         ({"strategies": {"careful": 2.0}}, "strategies.careful", "less than or equal to 1"),
         ({"hidden_size": 30}, "config", "multiple of 2 × heads"),
+        ({"kv_heads": 3}, "kv_heads", r"must divide heads \(4\)"),
+        ({"kv_heads": 2, "architecture": "gemma2"}, "kv_heads", "qwen2 or llama"),
+        ({"device": "tpu"}, "device", "'cpu' or 'cuda'"),
+        ({"max_seconds": 0}, "max_seconds", "greater than 0"),
     ],
 )
 def test_bad_config(values: dict[str, object], field: str, allowed: str) -> None:
     with pytest.raises(InputError, match=allowed) as error:
         PretrainConfig.from_dict(values)
     assert error.value.field == field
+
+
+def first_batches(config: PretrainConfig, count: int) -> list[torch.Tensor]:
+    with contextlib.closing(Batches.of(config).stream(random.Random(0))) as stream:
+        return [tokens for tokens, _ in itertools.islice(stream, count)]
+
+
+@pytest.mark.slow
+def test_lessons_of_other_processes_are_the_same_for_every_number_of_them() -> None:
+    config = {"batch_size": 700, "sorted_batches": 2}
+    one, two = (first_batches(PretrainConfig.from_dict(config | {"workers": n}), 4) for n in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(one[0], one[2])  # other lessons, not the same again
+    tokenizer = build_tokenizer(128)
+    for ids in one[0]:
+        prompt = tokenizer.decode(ids[ids != VOCABULARY[PAD]]).partition("?")[0]
+        a, b, c = (int(term) for term in prompt.split("+"))
+        assert not is_held_out((a, b, c))
+
+
+def test_a_time_limit_ends_the_training_and_its_schedule(tmp_path: Path) -> None:
+    config = PretrainConfig.from_dict(SHORT | {"steps": 10**6, "max_seconds": 2.0})
+    report = pretrain(config, tmp_path)
+    assert 0 < len(report.losses) < 10**6
+    assert report.recipe["steps"] == len(report.losses)
+    assert _schedule(10**4, 0.0, config) == 1.0
+    assert _schedule(10**4, 0.5, config) == pytest.approx(0.5)
+    assert _schedule(10**4, 1.0, config) == 0.0
+    assert _schedule(0, 0.9, config) == pytest.approx(1 / 5)  # warm-up goes by steps
+
+
+def test_fewer_key_heads_and_a_narrow_pass_make_a_policy(tmp_path: Path) -> None:
+    config = SHORT | {"kv_heads": 1, "bf16": True, "steps": 30}
+    report = pretrain(PretrainConfig.from_dict(config), tmp_path)
+    policy = load_policy(tmp_path)
+    assert policy.model.config.num_key_value_heads == 1
+    assert policy.model.dtype == torch.float32
+    assert report.losses[-1] < 0.8 * report.losses[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="torch finds none") as error:
+        pretrain(PretrainConfig.from_dict(SHORT | {"device": "cuda"}), tmp_path / "policy")
+    assert error.value.field == "device"
+    assert not (tmp_path / "policy").exists()

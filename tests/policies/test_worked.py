@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from reasoning_gym.utils import extract_answer
 
 from capo import InputError
+from capo.policies.batches import Batches, make_tokenizer
 from capo.policies.families import relations, shortest_path
 from capo.policies.lessons import draw_lessons, make_teacher, task_of
-from capo.policies.pretrain import Batches, make_tokenizer
 from capo.policies.pretrain_config import PretrainConfig
 from capo.policies.recipes import recipe_names, recipe_settings
 from capo.policies.tokenizer import train_bpe

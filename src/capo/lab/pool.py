@@ -107,7 +107,7 @@ class Workers(Generic[JobT, MadeT]):
 
     def _pool(self) -> ProcessPoolExecutor:
         spawn = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self.jobs, mp_context=spawn, initializer=_begin)
+        return ProcessPoolExecutor(self.jobs, mp_context=spawn, initializer=begin_worker)
 
 
 @contextlib.contextmanager
@@ -120,7 +120,8 @@ def working(jobs: int, make: Callable[..., MadeT], *extra: Any) -> Iterator[Work
         made.stop()
 
 
-def _begin() -> None:
+def begin_worker() -> None:
+    """Leave interrupts to the parent, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's business
     threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore", FutureWarning)

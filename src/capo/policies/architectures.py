@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Architecture = Literal["qwen2", "llama", "gpt_neox", "gemma2", "cohere"]
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 
+GROUPED: tuple[Architecture, ...] = ("qwen2", "llama")  # that can be asked for `kv_heads`
+
 SOFTCAP = 30.0  # Gemma 2's own; a tiny policy's logits reach where it bends
 LOGIT_SCALE = 0.25  # Cohere's own 1/16 is for heads of thousands of inputs
 
@@ -38,16 +40,16 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> P
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": None,
     }
+    if config.kv_heads is not None:
+        shape["num_key_value_heads"] = config.kv_heads
     return _BUILDERS[config.architecture](shape)
 
 
 def _qwen2(shape: dict[str, Any]) -> PreTrainedModel:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    heads = shape["num_attention_heads"]
-    return Qwen2ForCausalLM(
-        Qwen2Config(num_key_value_heads=heads, tie_word_embeddings=False, **shape)
-    )
+    own = {"num_key_value_heads": shape["num_attention_heads"]}
+    return Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=False, **own | shape))
 
 
 def _llama(shape: dict[str, Any]) -> PreTrainedModel:
@@ -55,10 +57,8 @@ def _llama(shape: dict[str, Any]) -> PreTrainedModel:
 
     # grouped queries where the heads allow it, as in Llama 3
     heads = shape["num_attention_heads"]
-    groups = heads if heads % 2 else heads // 2
-    return LlamaForCausalLM(
-        LlamaConfig(num_key_value_heads=groups, tie_word_embeddings=False, **shape)
-    )
+    own = {"num_key_value_heads": heads if heads % 2 else heads // 2}
+    return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **own | shape))
 
 
 def _gpt_neox(shape: dict[str, Any]) -> PreTrainedModel:

@@ -23,26 +23,20 @@ import torch.nn.functional as F
 
 from capo.core.errors import InputError
 from capo.policies.architectures import build_model
-from capo.policies.lessons import Teacher, draw_lessons, make_teacher, task_of
+from capo.policies.batches import IGNORED, Batches
 from capo.policies.loading import Policy
 from capo.policies.measure import measure
 from capo.policies.pretrain_config import PretrainConfig
-from capo.policies.tokenizer import build_tokenizer, train_bpe
 
 if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from capo.tasks import Task
+    from transformers import PreTrainedModel
 
 __all__ = ["PretrainConfig", "PretrainReport", "pretrain", "weights_hash"]
 
 WEIGHTS = "model.safetensors"
 RECIPE = "recipe.json"
-_IGNORED = -100  # label of a position without a loss, F.cross_entropy's own default
-_TEXTS_FOR_MERGES = 4000  # lessons that a BPE tokenizer is trained on
-_TRIES = 1000  # lessons in a row that are too long, before the recipe counts as impossible
 
 
 @dataclass(frozen=True)
@@ -79,18 +73,21 @@ def pretrain(
         overwrite: whether ``output_dir`` may hold files already.
 
     Raises:
-        InputError: ``output_dir`` is not an empty directory and ``overwrite`` is False.
+        InputError: ``output_dir`` is not an empty directory and ``overwrite`` is False, or there is no
+            such device.
     """
     directory = Path(output_dir)
     if directory.exists() and not directory.is_dir():
         raise InputError("output", f"'{directory}' is a file; give a directory.")
     if directory.exists() and any(directory.iterdir()) and not overwrite:
         raise InputError("output", f"'{directory}' is not empty; give another or --overwrite.")
+    check_device(config)
     started = time.monotonic()
     with _deterministic(config.seed, config.threads):
         batches = Batches.of(config)
         task, tokenizer = batches.task, batches.tokenizer
         model = build_model(config, tokenizer)
+        model.to(config.device)
         losses = list(_train(model, batches, progress))
         model.eval()
         policy = Policy(model=model, tokenizer=tokenizer, source=str(directory))
@@ -103,6 +100,7 @@ def pretrain(
     figures = {
         "measured": measured.to_dict(),
         "final_loss": sum(losses[-100:]) / len(losses[-100:]),
+        "steps": len(losses),
         "seconds": round(time.monotonic() - started, 1),
     }
     recipe = _recipe(config, model, directory, figures)
@@ -110,103 +108,14 @@ def pretrain(
     return PretrainReport(directory=directory, losses=losses, recipe=recipe)
 
 
-def make_tokenizer(config: PretrainConfig, task: Task) -> PreTrainedTokenizerBase:
-    """The tokenizer of a recipe, trained on lessons of its task where it is a BPE."""
-    if config.vocabulary is None:
-        return build_tokenizer(config.positions)
-    rng, teacher = random.Random(f"merges {config.seed}"), make_teacher(task, config.seed)
-    lessons = draw_lessons(rng, config, teacher, _TEXTS_FOR_MERGES)
-    texts = [lesson.prompt + lesson.completion for lesson in lessons]
-    return train_bpe(texts, config.vocabulary, config.positions)
+def check_device(config: PretrainConfig) -> None:
+    """Refuse a device that is not there.
 
-
-Row = tuple[list[int], list[int]]
-"""The tokens of a prompt and of its completion with the end-of-sequence token."""
-
-
-def _length(row: Row) -> int:
-    return len(row[0]) + len(row[1])
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Batches of lessons as tokens.
-
-    Attributes:
-        config: the recipe.
-        task: of the problems; none is from its held-out split.
-        teacher: who answers them.
-        tokenizer: of prompts and completions.
+    Raises:
+        InputError: ``device``.
     """
-
-    config: PretrainConfig
-    task: Task
-    teacher: Teacher
-    tokenizer: PreTrainedTokenizerBase
-
-    @classmethod
-    def of(cls, config: PretrainConfig) -> Batches:
-        """The batches of a recipe, its tokenizer included."""
-        task = task_of(config)
-        tokenizer = make_tokenizer(config, task)
-        return cls(config, task, make_teacher(task, config.seed), tokenizer)
-
-    def stream(self, rng: random.Random) -> Iterator[tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]]:
-        """Batches without end, as `draw` returns them."""
-        size, together = self.config.batch_size, self.config.sorted_batches
-        while True:
-            rows = self._rows(rng, size * together)
-            if together > 1:  # alike in length: less padding
-                rows.sort(key=_length)
-            starts = list(range(0, len(rows), size))
-            if together > 1:
-                rng.shuffle(starts)
-            for start in starts:
-                yield self._padded(rows[start : start + size])
-
-    def draw(self, rng: random.Random) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-        """Draw a batch. A completion that the task leaves no room for gives way to another.
-
-        Returns:
-            token ids ``[B, T]``, right-padded, and labels ``[B, T]`` in which only the completion and
-            its end-of-sequence token count.
-
-        Raises:
-            InputError: the task leaves hardly any completion room.
-        """
-        return self._padded(self._rows(rng, self.config.batch_size))
-
-    def _padded(self, rows: list[Row]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-        length = max(_length(row) for row in rows)
-        tokens = torch.full((len(rows), length), self.tokenizer.pad_token_id)
-        labels = torch.full((len(rows), length), _IGNORED)
-        for row, (prompt, completion) in enumerate(rows):
-            end = len(prompt) + len(completion)
-            tokens[row, :end] = torch.tensor(prompt + completion)
-            labels[row, len(prompt) : end] = torch.tensor(completion)
-        return tokens, labels
-
-    def _rows(self, rng: random.Random, count: int) -> list[Row]:
-        """Prompts and completions as tokens."""
-        rows: list[Row] = []
-        for _ in range(_TRIES):
-            rows += self._fitting(rng, count - len(rows))
-            if len(rows) == count:
-                return rows
-        raise InputError(
-            "task.params.max_completion_tokens",
-            f"is too small for worked answers: {self.task.max_completion_tokens}.",
-        )
-
-    def _fitting(self, rng: random.Random, count: int) -> list[Row]:
-        """``count`` lessons as tokens, less those that are too long."""
-        lessons = draw_lessons(rng, self.config, self.teacher, count)
-        prompts = self.tokenizer([lesson.prompt for lesson in lessons])["input_ids"]
-        completions = self.tokenizer([lesson.completion for lesson in lessons])["input_ids"]
-        ended = [[*ids, self.tokenizer.eos_token_id] for ids in completions]
-        pairs = zip(prompts, ended, strict=True)
-        limit = self.task.max_completion_tokens
-        return [pair for pair in pairs if len(pair[1]) <= limit]
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device", "'cuda' needs a GPU, and torch finds none; use 'cpu'.")
 
 
 def weights_hash(directory: str | Path) -> str:
@@ -220,20 +129,25 @@ def _train(
     progress: Callable[[int, int, float], None] | None,
 ) -> Iterator[float]:
     config = batches.config
-    rng = random.Random(config.seed)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate,
         betas=config.adam_betas,
         weight_decay=config.weight_decay,
+        fused=config.device == "cuda" or None,
     )
+    mixed = torch.autocast(config.device, dtype=torch.bfloat16, enabled=config.bf16)
     model.train()
-    for step, (tokens, labels) in zip(range(config.steps), batches.stream(rng), strict=False):
+    for step, share, batch in _steps(config, batches):
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * _schedule(step, config)
+            group["lr"] = config.learning_rate * _schedule(step, share, config)
+        tokens, labels = (part.to(config.device) for part in batch)
         # no attention mask: padding is on the right, which a causal model never looks at
-        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits  # [B, T-1, V]
-        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED)
+        with mixed:
+            logits = model(input_ids=tokens[:, :-1], use_cache=False).logits  # [B, T-1, V]
+        loss = F.cross_entropy(
+            logits.float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
+        )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -243,12 +157,29 @@ def _train(
         yield loss.item()
 
 
-def _schedule(step: int, config: PretrainConfig) -> float:
+def _steps(
+    config: PretrainConfig, batches: Batches
+) -> Iterator[tuple[int, float, tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]]]:
+    """Step, how much of the training is over (of its steps or of its time), and the batch."""
+    with contextlib.closing(batches.stream(random.Random(config.seed))) as stream:
+        started = None
+        for step, batch in zip(range(config.steps), stream, strict=False):
+            started = started or time.monotonic()
+            share = step / config.steps
+            if config.max_seconds is not None:
+                share = max(share, (time.monotonic() - started) / config.max_seconds)
+            if share >= 1:
+                return
+            yield step, share, batch
+
+
+def _schedule(step: int, share: float, config: PretrainConfig) -> float:
     """Linear warm-up, then a cosine to zero, as a factor of the peak learning rate."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * done))
+    if config.max_seconds is None:
+        share = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * share))
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from capo.core.errors import InputError
-from capo.policies.architectures import Architecture
+from capo.policies.architectures import GROUPED, Architecture
 from capo.policies.lessons import strategies_of
 from capo.policies.recipes import recipe_names, recipe_settings
 from capo.policies.tokenizer import SMALLEST_BPE
@@ -52,6 +52,14 @@ class PretrainConfig(BaseModel):
             None: the 64 characters of `capo.policies.tokenizer`.
         sorted_batches: batches drawn at once and sorted by length, so that they hold less padding.
         positions: the longest prompt with its completion that the model is made for, tokens.
+        kv_heads: key and value heads of the attention; None: as the architecture has it (`qwen2` and
+            `llama` alone can be asked for fewer).
+        device: where the model is trained, ``"cpu"`` or ``"cuda"``.
+        bf16: multiply in bfloat16; weights and optimizer stay in float32.
+        workers: processes that make the lessons beside the training; 0: the training's own. The lessons
+            are others than without, and the same for every number of workers.
+        max_seconds: of training, from the first step on; None: no limit. The schedule goes to its end
+            within it, so that ``steps`` is an upper bound.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -83,6 +91,11 @@ class PretrainConfig(BaseModel):
     vocabulary: Annotated[int | None, Field(ge=SMALLEST_BPE)] = None
     positions: Positive = 128
     sorted_batches: Positive = 1
+    kv_heads: Positive | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
+    bf16: bool = False
+    workers: Annotated[int, Field(ge=0)] = 0
+    max_seconds: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _known_mixture(self) -> Self:
@@ -101,6 +114,14 @@ class PretrainConfig(BaseModel):
     def _heads_divide(self) -> Self:
         if self.hidden_size % (2 * self.heads):  # rotary embeddings need an even head size
             raise ValueError(f"hidden_size must be a multiple of 2 × heads, got {self.hidden_size}")
+        if self.kv_heads is not None:
+            if self.architecture not in GROUPED:
+                allowed = " or ".join(GROUPED)
+                raise InputError("kv_heads", f"must be left out, or architecture be {allowed}.")
+            if self.heads % self.kv_heads:
+                raise InputError(
+                    "kv_heads", f"must divide heads ({self.heads}), got {self.kv_heads}."
+                )
         return self
 
     @classmethod
