@@ -21,6 +21,7 @@ BENCHES = {
     "warning": "capo.lab.warning.command",
     "plan": "capo.lab.bench_plan",
     "policies": "capo.lab.bench_policies",
+    "larger": "capo.lab.bench_larger",
 }
 
 
@@ -96,7 +97,7 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            metavar="step|core|fidelity|trust-region|warning|plan|policies",
+            metavar="step|core|fidelity|trust-region|warning|plan|policies|larger",
             help="What to measure.",
             autocompletion=completing.benches,
         ),
@@ -104,7 +105,7 @@ def bench(
 ) -> None:
     """Time a step (step, core), judge its predictors (fidelity), compare rules (trust-region),
     judge the early warning (warning), hold the plan against real runs (plan), pre-train and
-    measure policies (policies).
+    measure policies (policies), train a larger one on a GPU (larger).
     """
     if what not in BENCHES:
         raise InputError("bench", f"must be one of {', '.join(BENCHES)}, got {what!r}.")
