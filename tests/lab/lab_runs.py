@@ -39,8 +39,8 @@ def results(grid: Grid, of: Callable[[Cell, int], Run | None]) -> GridResult:
     """Every cell of a grid with what ``of`` makes of it and a seed."""
     cells = []
     for cell in grid.cells():
-        runs = tuple(run for seed in grid.seeds if (run := of(cell, seed)) is not None)
-        cells.append(CellResult(cell, runs, len(grid.seeds)))
+        runs = tuple(run for seed in cell.seeds if (run := of(cell, seed)) is not None)
+        cells.append(CellResult(cell, runs, len(cell.seeds)))
     return GridResult(grid, tuple(cells))
 
 

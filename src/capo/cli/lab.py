@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 
 from capo.cli import completing
 from capo.cli.training import INTERRUPTED, AsJson, Quiet
+from capo.core.errors import InputError
 
 if TYPE_CHECKING:
     from capo.lab.sweep.drive import Swept
@@ -34,6 +36,10 @@ Settings = Annotated[
         autocompletion=completing.overrides,
     ),
 ]
+Only = Annotated[
+    str,
+    typer.Option(metavar="PATTERN", help="Only cells whose names match, as in 'sums/*'."),
+]
 DryRun = Annotated[bool, typer.Option(help="Say what would be run, and about how long it takes.")]
 RUNS = Path("runs/lab")
 
@@ -51,6 +57,7 @@ def sweep(
     runs: Runs = RUNS,
     seeds: Seeds = None,
     settings: Settings = None,
+    only: Only = "*",
     dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -59,14 +66,18 @@ def sweep(
 
     Ctrl-C or a kill loses nothing: the same command continues.
     """
+    from capo.lab.sweep.reading import settle
+
     checked = _grid(grid, seeds, settings)
-    points = checked.points()
+    supposed = matching(settle(checked, runs).points(supposed=True), only)
+    if not supposed:
+        raise InputError("--only", f"{only!r} matches none of the grid's cells.")
     _forecast(
-        points, runs, jobs or cores(), as_json=as_json, quiet=(quiet or as_json) and not dry_run
+        supposed, runs, jobs or cores(), as_json=as_json, quiet=(quiet or as_json) and not dry_run
     )
     if dry_run:
         return
-    swept = make_points(points, runs, jobs or cores(), quiet or as_json)
+    swept = make_grid(checked, runs, jobs or cores(), quiet or as_json, only)
     if as_json:
         from capo.lab.sweep.reading import read_grid
         from capo.lab.sweep.table import table_of
@@ -87,9 +98,11 @@ def status(
 ) -> None:
     """Say where every point of a grid stands. Ends with 1 if one has failed."""
     from capo.lab.sweep.drive import state_of
+    from capo.lab.sweep.reading import settle
 
-    points = _grid(grid, seeds, settings).points()
-    rows = [(point, *state_of(point, runs)) for point in points]
+    settled = settle(_grid(grid, seeds, settings), runs)
+    rows = [(point, *state_of(point, runs)) for point in settled.points()]
+    waiting = len(settled.points(supposed=True)) - len(rows)
     if as_json:
         document = [
             {"point": p.name, "folder": p.folder(), "state": state, "word": word}
@@ -100,6 +113,8 @@ def status(
         counts: dict[str, int] = {}
         for _, state, _ in rows:
             counts[state] = counts.get(state, 0) + 1
+        if waiting:
+            counts["waiting for a search"] = waiting
         typer.echo(", ".join(f"{number} {state}" for state, number in counts.items()))
         for point, state, word in rows:
             if state in ("half-finished", "failed", "diverged"):
@@ -155,12 +170,15 @@ def reproduce(
     from capo.lab.figures import all_figures, figure_named
     from capo.lab.figures.reproduce import write_up
     from capo.lab.sweep.grid import seeds_option
+    from capo.lab.sweep.reading import settle
     from capo.lab.sweep.watching import clock
 
     chosen = list(all_figures()) if figure == "all" else [figure_named(figure)]
     number = seeds_option(seeds)
     grids = {each.name: each.grid(number, settings or []) for each in chosen}
-    points = [point for grid in grids.values() for point in grid.points()]
+    points = [
+        point for grid in grids.values() for point in settle(grid, runs).points(supposed=True)
+    ]
     quiet = quiet or as_json
     _forecast(points, runs, jobs or cores(), as_json=as_json, quiet=quiet and not dry_run)
     if dry_run:
@@ -172,7 +190,7 @@ def reproduce(
         if not report_only:
             if len(chosen) > 1 and not quiet:
                 typer.echo(f"{each.name}: {each.title}", err=True)
-            swept = make_points(grids[each.name].points(), runs, jobs or cores(), quiet)
+            swept = make_grid(grids[each.name], runs, jobs or cores(), quiet)
             failed |= swept.failed
             seconds = swept.seconds if swept.made else 0.0
         folder = write_up(each, grids[each.name], runs, output / each.name, failed, seconds)
@@ -192,12 +210,13 @@ def figures(
     from capo.lab.figures import all_figures
     from capo.lab.sweep.estimate import forecast
     from capo.lab.sweep.grid import seeds_option
+    from capo.lab.sweep.reading import settle
 
     number = seeds_option(seeds)
     everything: list[Point] = []
     rows: list[dict[str, Any]] = []
     for each in all_figures():
-        points = each.grid(number, []).points()
+        points = settle(each.grid(number, []), runs).points(supposed=True)
         everything += points
         cost = forecast(points, runs)
         rows.append(
@@ -229,6 +248,24 @@ def verdicts(
     found = judge_all(results)
     path = write_verdicts(found, results)
     typer.echo(json.dumps([each.as_dict() for each in found], indent=1) if as_json else str(path))
+
+
+def make_grid(grid: Grid, runs: Path, jobs: int, quiet: bool, only: str = "*") -> Swept:
+    """Make what is missing of a grid: its searches and all that waits for none, then what they decide."""
+    from capo.lab.sweep.reading import settle
+
+    before = settle(grid, runs)
+    swept = make_points(matching(before.points(), only), runs, jobs, quiet)
+    after = settle(before, runs)
+    if after.choices != before.choices:
+        later = make_points(matching(after.points(), only), runs, jobs, quiet)
+        swept = swept.then(later)
+    return swept
+
+
+def matching(points: list[Point], only: str) -> list[Point]:
+    """Those of cells whose names match the pattern."""
+    return [point for point in points if fnmatchcase(point.cell.name, only)]
 
 
 def make_points(points: list[Point], runs: Path, jobs: int, quiet: bool) -> Swept:

@@ -46,19 +46,20 @@ def fig1(result: GridResult) -> Drawn:
     """The sample-efficiency ratios against conservative GRPO."""
     drawn = base(result)
     slow = result.of(CONSERVATIVE)
+    target = result.target(slow.cell.condition)
+    assert target is not None, "the grid of figure 1 names a number"
     rows: list[dict[str, str]] = []
     ratios: dict[str, Any] = {}
     for name in (*AGGRESSIVE, *MASKED, "trust-region"):
-        ratio = efficiency(slow, result.of(name), result.grid.target)
+        ratio = efficiency(slow, result.of(name), target)
         if ratio is not None:
             ratios[name] = ratio
             rows.append({"": result.of(name).cell.label, "× fewer completions": str(ratio["text"])})
-    target = f"{result.grid.target:g}"
-    drawn.tables[f"Completions to {target}, conservative GRPO's over each one's"] = rows
+    drawn.tables[f"Completions to {target:g}, conservative GRPO's over each one's"] = rows
     drawn.numbers["efficiency"] = ratios
     drawn.notes.append(
         f"The ratio is that of the median completions at which three evaluations in a row average "
-        f"{target}; a run that did not get there counts as a bound (> or <), 95 % bootstrap interval."
+        f"{target:g}; a run that did not get there counts as a bound (> or <), 95 % bootstrap interval."
     )
     return drawn
 

@@ -37,6 +37,15 @@ class Swept:
     failed: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
+    def then(self, later: Swept) -> Swept:
+        """This and a later one, of the same points and others."""
+        return Swept(
+            made=self.made + later.made,
+            found=later.found - self.made,
+            failed=self.failed | later.failed,
+            seconds=self.seconds + later.seconds,
+        )
+
 
 def distinct(points: Sequence[Point]) -> dict[str, Point]:
     """The points by run directory; those of one configuration are one run."""

@@ -1,10 +1,11 @@
-"""A grid: a preset, axes whose values are combined, variants, seeds; checked before anything runs."""
+"""A grid: a preset, axes whose values are combined, variants, conditions, seeds; checked before anything runs."""
 
 from __future__ import annotations
 
 import itertools
 import tomllib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,6 +22,33 @@ Axes = dict[str, list[Any]]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]*$")]
 
 
+class Candidates(Section):
+    """``[[variants.search.among]]``: settings, and axes of which every combination is a candidate."""
+
+    set: Settings = Field(default_factory=dict)
+    axes: Axes = Field(default_factory=dict)
+
+    def settings(self) -> Iterator[Settings]:
+        """Of every candidate."""
+        for values in itertools.product(*self.axes.values()):
+            yield {**self.set, **dict(zip(self.axes, values, strict=True))}
+
+
+class Search(Section):
+    """``[variants.search]``: the variant's settings are found first, at every condition anew.
+
+    All candidates are run with ``seeds``, which are none of the grid's own, and that of the highest mean
+    accuracy over training is taken.
+    """
+
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    among: Annotated[list[Candidates], Field(min_length=1)]
+
+    def candidates(self) -> list[Settings]:
+        """The settings of all."""
+        return [settings for each in self.among for settings in each.settings()]
+
+
 class Variant(Section):
     """``[[variants]]``: one thing to compare, at every combination of the axes.
 
@@ -33,11 +61,53 @@ class Variant(Section):
     preset: str | None = None
     set: Settings = Field(default_factory=dict)
     axes: Axes = Field(default_factory=dict)
+    search: Search | None = None
 
     @property
     def shown(self) -> str:
         """For people."""
         return self.label or self.name
+
+
+class Condition(Section):
+    """``[[conditions]]``: what every variant is tried under, such as a task and its policy.
+
+    Attributes:
+        recipe: one that ships with the package; the condition is its policy and its task.
+        seeds: instead of the grid's.
+        set: laid over the grid's settings, under those of the variants.
+    """
+
+    name: Name
+    label: str | None = None
+    recipe: str | None = None
+    seeds: list[Seed] | None = None
+    set: Settings = Field(default_factory=dict)
+
+    @property
+    def shown(self) -> str:
+        """For people."""
+        return self.label or self.name
+
+    def settings(self) -> Settings:
+        """Its own, with those of its recipe.
+
+        Raises:
+            InputError: there is no such recipe.
+        """
+        from capo.policies.pretrain_config import PretrainConfig
+        from capo.policies.recipes import recipe_settings
+
+        if self.recipe is None:
+            return self.set
+        try:
+            config = PretrainConfig.from_dict(recipe_settings(self.recipe))
+        except InputError as error:
+            raise InputError(f"conditions.{self.name}.recipe", error.message) from None
+        if config == PretrainConfig():  # the one whose weights ship with the package
+            return self.set
+        task = {"task.name": config.task.name, "task.params": config.task.params}
+        return {"policy.path": f"{POLICIES}{self.recipe}", **task, **self.set}
 
 
 class Grid(Section):
@@ -46,47 +116,72 @@ class Grid(Section):
     Attributes:
         preset: what every point starts from.
         seeds: of every cell.
-        target: accuracy, completions to which are reported.
+        target: accuracy, completions to which are reported; ``halfway``: the mean of 1 and the base
+            policy's accuracy under the cell's condition.
         measure: ``runs`` trains; ``fidelity`` and ``cost`` train with a watch on the predictors, or on
             the clock, and cost more.
         set: dotted keys and values of every point. ``schedule`` stands for the shape and its warm-up,
             ``horizon`` for as many optimizer steps as consume so many completions.
         axes: dotted keys, each with its values, of which every combination is a cell.
         variants: what is compared; none: one, as it is.
+        conditions: under each of which all variants are tried; none: one, the grid's own settings.
         policies: base policies to pre-train first, by name: settings of ``capo pretrain``, over those of
             the ``recipe`` that ships with the package by that name, if one is given. The policy path
             ``policies:NAME`` stands for one of them.
         overrides: ``section.key=value``, laid over every point after all else.
+        choices: what searches have found, by the cell's name; see `capo.lab.sweep.reading.settle`.
     """
 
     preset: str
     seeds: Annotated[list[Seed], Field(min_length=1)] = Field(
         default_factory=lambda: list(range(5))
     )
-    target: Annotated[float, Field(gt=0, lt=1)] = 0.75
+    target: Annotated[float, Field(gt=0, lt=1)] | Literal["halfway"] = 0.75
     measure: Literal["runs", "fidelity", "cost"] = "runs"
     set: Settings = Field(default_factory=dict)
     axes: Axes = Field(default_factory=dict)
     variants: list[Variant] = Field(default_factory=list)
+    conditions: list[Condition] = Field(default_factory=list)
     policies: dict[Name, dict[str, Any]] = Field(default_factory=dict)
     overrides: list[str] = Field(default_factory=list)
+    choices: dict[str, Settings] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _usable(self) -> Self:
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError("seeds", "must not repeat.")
-        names = [variant.name for variant in self.variants]
-        for name in names:
-            if names.count(name) > 1:
-                raise InputError("variants", f"{name!r} names more than one.")
+        for field, each in (("variants", self.variants), ("conditions", self.conditions)):
+            names = [one.name for one in each]
+            for name in names:
+                if names.count(name) > 1:
+                    raise InputError(field, f"{name!r} names more than one.")
         _check_axes("axes", self.axes)
         for variant in self.variants:
             _check_axes(f"variants.{variant.name}.axes", variant.axes)
+            if variant.search is not None:
+                self._check_search(variant.name, variant.search)
         return self
 
+    def _check_search(self, name: str, search: Search) -> None:
+        field = f"variants.{name}.search"
+        own = {*self.seeds, *(seed for each in self.conditions for seed in each.seeds or [])}
+        if own & set(search.seeds):
+            raise InputError(f"{field}.seeds", "must be none of those that judge what is found.")
+        for each in search.among:
+            _check_axes(f"{field}.among.axes", each.axes)
+
     def with_seeds(self, number: int | None) -> Grid:
-        """The same with so many seeds, 0 and up; None: its own."""
-        return self if number is None else self.model_copy(update={"seeds": list(range(number))})
+        """The same with so many seeds, 0 and up; None: its own.
+
+        A condition that has seeds of its own keeps so many of them; those of searches stay.
+        """
+        if number is None:
+            return self
+        fewer = [
+            each.model_copy(update={"seeds": each.seeds and each.seeds[:number]})
+            for each in self.conditions
+        ]
+        return self.model_copy(update={"seeds": list(range(number)), "conditions": fewer})
 
     def with_settings(self, settings: Sequence[str]) -> Grid:
         """The same with ``section.key=value`` laid over every point, after all else.
@@ -100,53 +195,96 @@ class Grid(Section):
         return self.model_copy(update={"overrides": [*self.overrides, *settings]})
 
     def cells(self) -> Iterator[Cell]:
-        """Every variant at every combination of its axes."""
-        for variant in self.variants or [Variant(name="as-is", label="as it is")]:
-            axes = {**self.axes, **variant.axes}
-            axes = {key: values for key, values in axes.items() if key not in variant.set}
-            for values in itertools.product(*axes.values()):
-                at = dict(zip(axes, values, strict=True))
-                settings = {**self.set, **variant.set, **at}
-                recipe = self._recipe(settings)
-                horizon = settings.pop(HORIZON, None)
-                if horizon is not None and not (type(horizon) is int and horizon > 0):
-                    raise InputError(HORIZON, f"must be an integer ≥ 1, got {horizon!r}.")
-                yield Cell(
-                    variant=variant.name,
-                    label=variant.shown,
-                    at=at,
-                    name=f"{variant.name}/{slug(at)}" if at else variant.name,
-                    preset=variant.preset or self.preset,
-                    overrides=(*overrides_of(settings), *self.overrides),
-                    recipe=recipe,
-                    measure=self.measure,
-                    horizon=horizon,
-                )
+        """Every variant at every condition and combination of its axes.
 
-    def points(self) -> list[Point]:
-        """Every cell with every seed, the first seed of all cells first.
+        Where a search has found nothing yet, the cell has the first candidate's settings and is ``open``.
+        """
+        for place in self._places():
+            search = place.variant.search
+            if search is None:
+                yield self._cell(place)
+                continue
+            found = self.choices.get(place.name)
+            settings = search.candidates()[0] if found is None else found
+            yield replace(self._cell(place, settings), chosen=found or {}, open=found is None)
+
+    def candidates(self) -> dict[str, list[Cell]]:
+        """The cells of every search, by the name of the cell that it is for."""
+        return {
+            place.name: [
+                replace(
+                    self._cell(place, settings),
+                    at=settings,
+                    name=f"{place.name}/search/{slug(settings)}",
+                    seeds=tuple(place.variant.search.seeds),
+                )
+                for settings in place.variant.search.candidates()
+            ]
+            for place in self._places()
+            if place.variant.search is not None
+        }
+
+    def _places(self) -> Iterator[_Place]:
+        for condition in self.conditions or [None]:
+            for variant in self.variants or [Variant(name="as-is", label="as it is")]:
+                axes = {**self.axes, **variant.axes}
+                axes = {key: values for key, values in axes.items() if key not in variant.set}
+                for values in itertools.product(*axes.values()):
+                    yield _Place(condition, variant, dict(zip(axes, values, strict=True)))
+
+    def _cell(self, place: _Place, searched: Settings | None = None) -> Cell:
+        condition, variant = place.condition, place.variant
+        own = condition.settings() if condition is not None else {}
+        settings = {**self.set, **own, **variant.set, **place.at, **(searched or {})}
+        recipe = self._recipe(settings)
+        horizon = settings.pop(HORIZON, None)
+        if horizon is not None and not (type(horizon) is int and horizon > 0):
+            raise InputError(HORIZON, f"must be an integer ≥ 1, got {horizon!r}.")
+        return Cell(
+            variant=variant.name,
+            label=variant.shown,
+            at=place.at,
+            name=place.name,
+            preset=variant.preset or self.preset,
+            overrides=(*overrides_of(settings), *self.overrides),
+            seeds=tuple((condition and condition.seeds) or self.seeds),
+            recipe=recipe,
+            measure=self.measure,
+            horizon=horizon,
+            condition="" if condition is None else condition.name,
+            where="" if condition is None else condition.shown,
+        )
+
+    def points(self, *, supposed: bool = False) -> list[Point]:
+        """Searches first, then every cell with every seed, the first seed of all cells first.
+
+        Args:
+            supposed: also those that a search decides about, as if its first candidate were found.
 
         Raises:
             InputError: a point's configuration cannot be used; all are checked.
         """
+        searched = [cell for cells in self.candidates().values() for cell in cells]
         cells = list(self.cells())
-        points = [Point(cell, seed) for seed in self.seeds for cell in cells]
-        for cell in cells:
+        for cell in (*searched, *cells):
             try:
-                Point(cell, self.seeds[0]).config(Path())
+                Point(cell, cell.seeds[0]).config(Path())
             except InputError as error:
                 raise InputError(error.field, f"{error.message} (in {cell.name})") from None
-        return points
+        ready = [cell for cell in cells if supposed or not cell.open]
+        return [*_by_seed(searched), *_by_seed(ready)]
 
     def _recipe(self, settings: Settings) -> dict[str, Any] | None:
         path = settings.get("policy.path")
         if not isinstance(path, str) or not path.startswith(POLICIES):
             return None
         name = path.removeprefix(POLICIES)
-        if name not in self.policies:
-            known = ", ".join(self.policies) or "none"
-            raise InputError("policy.path", f"{path!r} is not among [policies] ({known}).")
-        recipe = self.policies[name]
+        shipped = {each.recipe: {"recipe": each.recipe} for each in self.conditions if each.recipe}
+        known = {**shipped, **self.policies}
+        if name not in known:
+            names = ", ".join(known) or "none"
+            raise InputError("policy.path", f"{path!r} is not among [policies] ({names}).")
+        recipe = known[name]
         if "recipe" not in recipe:
             return recipe
         from capo.policies.recipes import recipe_settings
@@ -156,6 +294,32 @@ class Grid(Section):
             return recipe_settings(str(recipe["recipe"])) | own
         except InputError as error:
             raise InputError(f"policies.{name}.recipe", error.message) from None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A variant under a condition, at a combination of its axes."""
+
+    condition: Condition | None
+    variant: Variant
+    at: Settings
+
+    @property
+    def name(self) -> str:
+        """``CONDITION/VARIANT/AXES``, what there is of it."""
+        condition = [] if self.condition is None else [self.condition.name]
+        return "/".join([*condition, self.variant.name, *([slug(self.at)] if self.at else [])])
+
+
+def _by_seed(cells: Sequence[Cell]) -> list[Point]:
+    """The first seed of all cells first."""
+    most = max((len(cell.seeds) for cell in cells), default=0)
+    return [
+        Point(cell, cell.seeds[index])
+        for index in range(most)
+        for cell in cells
+        if index < len(cell.seeds)
+    ]
 
 
 def _check_axes(field: str, axes: Axes) -> None:

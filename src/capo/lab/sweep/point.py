@@ -28,9 +28,13 @@ class Cell:
         at: the values of its axes.
         name: of the cell in this grid.
         preset, overrides: the configuration.
+        seeds: with each of which it is run.
         recipe: settings of the base policy to pre-train, None where it is there already.
         measure: what a point of it is.
         horizon: completions of the whole run; None: as the preset says.
+        condition, where: what it is tried under, for data and for people; empty where the grid has none.
+        chosen: the settings that a search has found, None where nothing is searched.
+        open: the search is not over, and nothing of this cell can be run.
     """
 
     variant: str
@@ -39,9 +43,14 @@ class Cell:
     name: str
     preset: str
     overrides: tuple[str, ...]
+    seeds: tuple[int, ...]
     recipe: dict[str, Any] | None = None
     measure: Measure = "runs"
     horizon: int | None = None
+    condition: str = ""
+    where: str = ""
+    chosen: dict[str, Any] | None = None
+    open: bool = False
 
     @property
     def policy_folder(self) -> str | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from capo.lab.rundir import RunDirectory
@@ -54,6 +56,18 @@ class Run:
     def best_accuracy(self) -> float:
         """At any evaluation."""
         return max(each.accuracy for each in self.evaluations)
+
+    @property
+    def mean_accuracy(self) -> float:
+        """Over training: the area under the curve over its length; 0 from where it diverged."""
+        points = [(each.completions, each.accuracy) for each in self.evaluations]
+        if self.ended == "diverged":
+            points.append((points[-1][0] + self.spacing, 0.0))
+        length = points[-1][0] - points[0][0]
+        if not length:
+            return points[-1][1]
+        pairs = itertools.pairwise(points)
+        return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairs) / length
 
     @cached_property
     def collapsed(self) -> bool:
@@ -105,10 +119,30 @@ class CellResult:
 
 @dataclass(frozen=True)
 class GridResult:
-    """All cells of a grid, in its order."""
+    """All cells of a grid, in its order.
+
+    Attributes:
+        grid: with what its searches have found.
+        cells: as the grid has them.
+        searches: the candidates of every search, by the name of the cell that it is for.
+    """
 
     grid: Grid
     cells: tuple[CellResult, ...]
+    searches: dict[str, tuple[CellResult, ...]] = field(default_factory=dict)
+
+    def target(self, condition: str) -> float | None:
+        """Accuracy, completions to which are reported; None where it is not known yet."""
+        if self.grid.target != "halfway":
+            return self.grid.target
+        found = [
+            run.base_accuracy
+            for each in self.cells
+            if each.cell.condition == condition
+            for run in each.runs
+            if run.evaluations
+        ]
+        return (1 + fmean(found)) / 2 if found else None
 
     def of(self, variant: str, **at: Any) -> CellResult:
         """The cell of a variant; ``at`` are last parts of its axes' keys, with their values.
@@ -173,21 +207,53 @@ def read_run(point: Point, runs: Path) -> Run | None:
 
 
 def read_grid(grid: Grid, runs: Path) -> GridResult:
-    """Every cell of a grid with the runs that are over."""
-    results = []
-    for cell in grid.cells():
-        found = [read_run(Point(cell, seed), runs) for seed in grid.seeds]
-        there = tuple(run for run in found if run is not None)
-        results.append(CellResult(cell, there, len(grid.seeds)))
-    return GridResult(grid, tuple(results))
+    """Every cell of a grid with the runs that are over, and its searches."""
+    searches = {
+        name: tuple(_read_cell(cell, runs) for cell in cells)
+        for name, cells in grid.candidates().items()
+    }
+    grid = grid.model_copy(update={"choices": _found(searches)})
+    cells = tuple(_read_cell(cell, runs) for cell in grid.cells())
+    return GridResult(grid, cells, searches)
+
+
+def settle(grid: Grid, runs: Path) -> Grid:
+    """The grid with the choices of those searches that are over."""
+    return read_grid(grid, runs).grid if grid.candidates() else grid
+
+
+def _found(searches: Mapping[str, Sequence[CellResult]]) -> dict[str, dict[str, Any]]:
+    """Of every search that is over the candidate of the highest mean accuracy over training."""
+    return {
+        name: max(candidates, key=searched_mean).cell.at
+        for name, candidates in searches.items()
+        if all(each.complete and any(r.evaluations for r in each.runs) for each in candidates)
+    }
+
+
+def searched_mean(candidate: CellResult) -> float:
+    """What a search goes by: mean accuracy over training, over its seeds."""
+    return fmean(run.mean_accuracy if run.evaluations else 0.0 for run in candidate.runs)
+
+
+def _read_cell(cell: Cell, runs: Path) -> CellResult:
+    found = [] if cell.open else [read_run(Point(cell, seed), runs) for seed in cell.seeds]
+    return CellResult(cell, tuple(run for run in found if run is not None), len(cell.seeds))
 
 
 def labels(cells: Sequence[Cell]) -> list[str]:
-    """A name for each of the cells, for people: the variant, and whatever axes tell them apart."""
+    """A name for each of the cells, for people: the variant, and whatever tells them apart."""
     keys = list(dict.fromkeys(key for cell in cells for key in cell.at))
     told = [key for key in keys if len({repr(cell.at.get(key)) for cell in cells}) > 1]
+    places = {cell.where for cell in cells}
     return [
-        ", ".join([cell.label, *(_value(k, cell.at[k]) for k in told if k in cell.at)])
+        ", ".join(
+            [
+                *([cell.where] if len(places) > 1 else []),
+                cell.label,
+                *(_value(k, cell.at[k]) for k in told if k in cell.at),
+            ]
+        )
         for cell in cells
     ]
 

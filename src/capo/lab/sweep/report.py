@@ -8,7 +8,7 @@ from typing import Any
 
 from capo.lab.rundir import write_text
 from capo.lab.sweep.curves import save_figures, split_figures
-from capo.lab.sweep.reading import GridResult
+from capo.lab.sweep.reading import GridResult, Run
 from capo.lab.sweep.table import csv_text, markdown, shown, table_of
 
 
@@ -39,15 +39,21 @@ def run_rows(result: GridResult) -> list[dict[str, Any]]:
             "cell": cell.cell.name,
             "variant": cell.cell.variant,
             **cell.cell.at,
+            **(cell.cell.chosen or {}),
             "seed": run.point.seed,
             "folder": run.point.folder(),
             "ended": run.ended,
             "base_accuracy": run.base_accuracy if run.evaluations else None,
             "final_accuracy": run.final_accuracy if run.evaluations else None,
             "collapsed": run.collapsed if run.evaluations else None,
-            "completions_to_target": run.to_target(result.grid.target) if run.evaluations else None,
+            "completions_to_target": _to_target(run, result) if run.evaluations else None,
             "seconds": run.mark.seconds,
         }
-        for cell in result.cells
+        for cell in (*(each for found in result.searches.values() for each in found), *result.cells)
         for run in cell.runs
     ]
+
+
+def _to_target(run: Run, result: GridResult) -> int | None:
+    target = result.target(run.point.cell.condition)
+    return None if target is None else run.to_target(target)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import math
 from collections.abc import Sequence
 from statistics import fmean
@@ -16,19 +15,21 @@ from capo.lab.sweep.reading import CellResult, GridResult, Run, labels
 REJECTION = "capo/rejection_rate"
 
 
-def row_of(result: CellResult, label: str, target: float) -> dict[str, Any]:
+def row_of(result: CellResult, label: str, target: float | None) -> dict[str, Any]:
     """The figures of a cell; None where nothing can be said yet."""
     runs = result.runs
     row: dict[str, Any] = {
         "cell": result.cell.name,
         "label": label,
         "variant": result.cell.variant,
+        **({"condition": result.cell.condition} if result.cell.condition else {}),
         **result.cell.at,
+        **(result.cell.chosen or {}),
         "seeds": len(runs),
         "wanted": result.wanted,
     }
     trained = [run for run in runs if run.evaluations]
-    if not trained:
+    if not trained or target is None:
         return row
     to_target = [run.to_target(target) for run in trained]
     reached = [completions for completions in to_target if completions is not None]
@@ -36,9 +37,10 @@ def row_of(result: CellResult, label: str, target: float) -> dict[str, Any]:
         "base_accuracy": fmean(run.base_accuracy for run in trained),
         "final_accuracy": final_accuracy(trained).as_dict(),
         "best_accuracy": interval([run.best_accuracy for run in trained]).as_dict(),
-        "mean_accuracy": interval([area(run) for run in trained]).as_dict(),
+        "mean_accuracy": interval([run.mean_accuracy for run in trained]).as_dict(),
         "collapsed": sum(run.collapsed for run in trained),
         "diverged": sum(run.ended == "diverged" for run in trained),
+        "target": target,
         "reached": len(reached),
         "completions_to_target": _median_or_more(to_target, trained),
         "rejection_mean": _mean([rejections(run) for run in trained], fmean),
@@ -51,18 +53,6 @@ def row_of(result: CellResult, label: str, target: float) -> dict[str, Any]:
 def final_accuracy(runs: Sequence[Run]) -> Interval:
     """Over the seeds."""
     return interval([run.final_accuracy for run in runs])
-
-
-def area(run: Run) -> float:
-    """Mean accuracy over training: the area under the curve over its length."""
-    points = [(each.completions, each.accuracy) for each in run.evaluations]
-    if run.ended == "diverged":
-        points.append((points[-1][0] + run.spacing, 0.0))
-    length = points[-1][0] - points[0][0]
-    if not length:
-        return points[-1][1]
-    pairs = itertools.pairwise(points)
-    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairs) / length
 
 
 def rejections(run: Run) -> list[float]:
@@ -88,11 +78,13 @@ def _median_or_more(to_target: Sequence[int | None], runs: Sequence[Run]) -> dic
 def table_of(result: GridResult) -> list[dict[str, Any]]:
     """A row a cell, in the grid's order."""
     names = labels([each.cell for each in result.cells])
-    target = result.grid.target
-    return [row_of(each, name, target) for each, name in zip(result.cells, names, strict=True)]
+    return [
+        row_of(each, name, result.target(each.cell.condition))
+        for each, name in zip(result.cells, names, strict=True)
+    ]
 
 
-def shown(row: dict[str, Any], target: float) -> dict[str, str]:
+def shown(row: dict[str, Any], target: float | str) -> dict[str, str]:
     """A row for people."""
     return {
         "": row["label"],
@@ -102,10 +94,14 @@ def shown(row: dict[str, Any], target: float) -> dict[str, str]:
         "final accuracy": _interval(row.get("final_accuracy")),
         "mean over training": _interval(row.get("mean_accuracy")),
         "collapsed": _plain(row.get("collapsed")),
-        f"completions to {target:g}": _completions(row.get("completions_to_target")),
+        f"completions {_to(target)}": _completions(row.get("completions_to_target")),
         "rejected": _rejected(row),
         "seconds": _plain(row.get("seconds"), ".0f"),
     }
+
+
+def _to(target: float | str) -> str:
+    return target if isinstance(target, str) else f"to {target:g}"
 
 
 def _interval(value: dict[str, float] | None) -> str:
