@@ -9,7 +9,7 @@ from lab_runs import invented, metric_rows, results
 
 from capo import InputError
 from capo.lab.figures import all_figures, figure_named
-from capo.lab.figures.criteria import CLAIMS
+from capo.lab.figures.claims import CLAIMS
 from capo.lab.figures.reproduce import RECORD, command_of, record_of, write_up
 from capo.lab.figures.verdicts import BEGIN, END, judge_all, judged, write_verdicts
 from capo.lab.figures.warning import warning_of
@@ -240,6 +240,45 @@ def test_table1_leaves_out_the_first_steps():
     _, _, _, numbers = drawn("table1", of)
     assert numbers.numbers["cost"]["capo"]["seconds"] == pytest.approx(6.0)
     assert verdict("table1", numbers, "Judging").verdict == "does not hold"  # 3 parts of 6
+
+
+def tasks_run(**curves):
+    def of(cell, seed):
+        if cell.open:
+            return None
+        return invented(Point(cell, seed), curves[cell.variant.replace("-", "_")])
+
+    return of
+
+
+def test_tasks_compare_everywhere_with_a_target_of_their_own():
+    slow = [0.4, 0.4, 0.75, 0.75, 0.75, 0.75]
+    fast = [0.4, 0.75, 0.75, 0.75, 0.9, 0.9]
+    figure = figure_named("tasks")
+    grid = figure.grid(2, [])
+    chosen = {name: cells[0].at for name, cells in grid.candidates().items()}
+    grid = grid.model_copy(update={"choices": chosen})
+    runs = tasks_run(grpo=FALLS, capo=STAYS, trust_region=fast, grpo_best=slow)
+    numbers = figure.draw(results(grid, runs))
+    rows = numbers.numbers["tasks"]
+    assert len(rows) == 11
+    base = (0.45 * 2 + 0.4 * 2) / 4
+    assert rows[0]["base"] == pytest.approx(base)
+    assert rows[0]["target"] == pytest.approx((1 + base) / 2)
+    assert rows[0]["arms"]["grpo"]["collapsed"] == 2
+    assert rows[0]["ratio"]["low"] == pytest.approx(4 / 3)  # four and three spacings of 192
+    assert verdict("tasks", numbers, "(ours) The trust region's").verdict == "holds"
+    assert verdict("tasks", numbers, "(ours) The same defaults end").verdict == "holds"
+    assert verdict("tasks", numbers, "(ours) The same defaults take").verdict == "holds"
+    assert verdict("tasks", numbers, "CAPO's masks").verdict == "holds"
+    lost = tasks_run(grpo=FALLS, capo=FALLS, trust_region=slow, grpo_best=fast)
+    numbers = figure.draw(results(grid, lost))
+    assert verdict("tasks", numbers, "(ours) The same defaults end").verdict == "does not hold"
+    assert verdict("tasks", numbers, "(ours) The same defaults take").verdict == "does not hold"
+    assert verdict("tasks", numbers, "CAPO's masks").verdict == "does not hold"
+    numbers = figure.draw(results(figure.grid(2, []), runs))  # no search is over
+    assert "grpo-best" not in numbers.numbers["tasks"][0]["arms"]
+    assert verdict("tasks", numbers, "(ours) The same defaults take").verdict == "not measured"
 
 
 def test_a_claim_without_its_runs_is_not_measured(tmp_path):

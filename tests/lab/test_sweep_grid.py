@@ -12,6 +12,7 @@ from capo.lab.sweep.drive import distinct
 from capo.lab.sweep.estimate import Rate, forecast, modelled_seconds, point_seconds
 from capo.lab.sweep.execute import Mark
 from capo.lab.sweep.grid import parse_grid
+from capo.lab.sweep.point import Point
 
 
 def test_every_variant_at_every_combination_with_every_seed():
@@ -131,7 +132,7 @@ def test_the_forecast_follows_what_runs_have_taken_here():
     few = {
         folder: mark if index < 2 else None for index, (folder, mark) in enumerate(marks.items())
     }
-    assert Rate.measured(points, few).by_measure == {}
+    assert Rate.measured(points, few).by_kind == {}
 
 
 def test_judging_and_passes_cost_more():
@@ -153,3 +154,91 @@ def test_a_recipe_that_ships_is_known_by_its_settings():
     with pytest.raises(InputError, match="did you mean 'aiw'") as error:
         parse_grid(text.replace('"aiw"', '"aiww"')).points()
     assert error.value.field == "policies.flat.recipe"
+
+
+CONDITIONS = """
+preset = "small-aggressive"
+seeds = [0, 1]
+target = "halfway"
+[set]
+horizon = 192
+[[variants]]
+name = "grpo"
+[[variants]]
+name = "best"
+label = "GRPO at its best"
+[variants.search]
+seeds = [100, 101]
+[[variants.search.among]]
+set = { "training.completions_per_step" = 24 }
+axes = { "training.learning_rate" = [1e-4, 5e-4] }
+[[variants.search.among]]
+axes = { "training.learning_rate" = [2e-4] }
+[[conditions]]
+name = "sums"
+label = "sums, as they are"
+recipe = "sums"
+[[conditions]]
+name = "short"
+recipe = "aiw"
+seeds = [0]
+set = { horizon = 96 }
+"""
+
+
+def test_every_variant_is_tried_under_every_condition():
+    grid = parse_grid(CONDITIONS)
+    cells = list(grid.cells())
+    assert [cell.name for cell in cells] == ["sums/grpo", "sums/best", "short/grpo", "short/best"]
+    assert [cell.seeds for cell in cells] == [(0, 1), (0, 1), (0,), (0,)]
+    assert [cell.open for cell in cells] == [False, True, False, True]
+    sums, short = (Point(cells[index], 0).config(Path()) for index in (0, 2))
+    assert (sums.policy.path, sums.task.name, sums.steps) == ("embedded:sums", "sums", 2)
+    assert short.task.params["dataset"] == "aiw"
+    assert short.policy.path == cells[2].policy_folder
+    assert short.steps == 1
+    assert [cell.seeds for cell in grid.with_seeds(1).cells()] == [(0,)] * 4
+
+
+def test_searches_come_first_and_what_they_decide_about_waits():
+    grid = parse_grid(CONDITIONS)
+    candidates = grid.candidates()
+    assert list(candidates) == ["sums/best", "short/best"]
+    assert [cell.name for cell in candidates["sums/best"]] == [
+        "sums/best/search/b24-lr1e-04",
+        "sums/best/search/b24-lr5e-04",
+        "sums/best/search/lr2e-04",
+    ]
+    points = grid.points()
+    assert [point.seed for point in points[:12]] == [100] * 6 + [101] * 6
+    assert [point.name for point in points[12:]] == [
+        "sums/grpo seed 0",
+        "short/grpo seed 0",
+        "sums/grpo seed 1",
+    ]
+    assert len(grid.points(supposed=True)) == 18
+    chosen = candidates["sums/best"][1].at
+    settled = grid.model_copy(update={"choices": {"sums/best": chosen}})
+    (cell,) = (each for each in settled.cells() if each.name == "sums/best")
+    assert (cell.open, cell.chosen) == (False, chosen)
+    config = Point(cell, 1).config(Path())
+    assert config.training.completions_per_step == 24
+    assert config.training.learning_rate == 5e-4
+    assert config.steps == 8
+    assert "sums/best seed 1" in [point.name for point in settled.points()]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field"),
+    [
+        ("[100, 101]", "[1, 100]", "variants.best.search.seeds"),
+        ("[1e-4, 5e-4]", "[]", "variants.best.search.among.axes.training.learning_rate"),
+        ('name = "short"', 'name = "sums"', "conditions"),
+        ('recipe = "aiw"', 'recipe = "aiww"', "conditions.short.recipe"),
+        ('"halfway"', '"half"', "target"),
+    ],
+)
+def test_what_a_condition_or_a_search_cannot_be_is_named(old, new, field):
+    with pytest.raises(InputError) as error:
+        parse_grid(CONDITIONS.replace(old, new, 1)).points()
+    assert error.value.field == field

@@ -265,3 +265,51 @@ def test_a_figure_is_reproduced_from_nothing_and_judged(tmp_path):
     assert unchanged["numbers"] == record["numbers"]
     assert run("lab", "verdicts", "--results", str(tmp_path / "results")).returncode == 0
     assert "| m_F and m_H warn of a collapse" in (tmp_path / "results" / "README.md").read_text()
+
+
+SEARCH = """
+preset = "small-aggressive"
+seeds = [0]
+target = "halfway"
+[set]
+"training.steps" = 3
+"training.completions_per_step" = 16
+"training.save_every" = 1
+"eval.problems" = 8
+"eval.every_completions" = 16
+[[variants]]
+name = "grpo"
+[[variants]]
+name = "best"
+[variants.search]
+seeds = [100]
+[[variants.search.among]]
+axes = { "training.learning_rate" = [1e-5, 1e-4] }
+[[conditions]]
+name = "one"
+[[conditions]]
+name = "other"
+set = { "task.params" = { reward_noise = 0.2 } }
+"""
+
+
+def test_a_search_decides_what_is_run_after_it(tmp_path):
+    grid, runs = write_grid(tmp_path, SEARCH), tmp_path / "runs"
+    said = run(*command(grid, runs, "--only", "one/*", "--jobs", "2"))
+    assert said.returncode == 0, said.stderr
+    assert "4 runs, 0 of them made already" in said.stderr
+    assert "4 made, 0 found, 0 failed" in said.stdout
+    result = read_grid(load_grid(grid), runs)
+    first, second = result.searches["one/best"]
+    best = max((first, second), key=lambda each: each.runs[0].mean_accuracy)
+    (found,) = (each for each in result.cells if each.cell.name == "one/best")
+    assert found.cell.chosen == best.cell.at
+    assert [each.point.seed for each in found.runs] == [0]
+    assert result.target("one") == pytest.approx((1 + found.runs[0].base_accuracy) / 2)
+    assert result.target("other") is None
+    assert not result.complete
+    waiting = run("lab", "status", str(grid), "--runs", str(runs))
+    assert waiting.stdout.strip() == "4 finished, 3 missing, 1 waiting for a search"
+    nothing = run(*command(grid, runs, "--only", "two/*"))
+    assert nothing.returncode == 2
+    assert "--only: 'two/*' matches none" in nothing.stderr

@@ -68,7 +68,7 @@ def efficiency(slow: CellResult, fast: CellResult, target: float) -> dict[str, A
     """How many times fewer completions ``fast`` takes; None where one of them has no run."""
     if not slow.runs or not fast.runs:
         return None
-    ratio = ratio_of_medians(*([_to_target(r, target) for r in each.runs] for each in (slow, fast)))
+    ratio = ratio_of_medians(*([to_target(r, target) for r in each.runs] for each in (slow, fast)))
     return {
         "low": _finite(ratio.value.low),
         "high": _finite(ratio.value.high),
@@ -81,7 +81,8 @@ def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _to_target(run: Run, target: float) -> Value:
+def to_target(run: Run, target: float) -> Value:
+    """Completions to the target; more than the run had where it did not get there."""
     at = run.to_target(target)
     return Value(run.evaluations[-1].completions, math.inf) if at is None else exactly(at)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from capo.lab.figures import accuracy, costs, warning
+from capo.lab.figures import accuracy, costs, tasks, warning
 from capo.lab.figures.figure import FigureOf
 
 FIGURES: tuple[FigureOf, ...] = (
@@ -23,4 +23,5 @@ FIGURES: tuple[FigureOf, ...] = (
     FigureOf("proxies", "The last-layer model against cheaper proxies", accuracy.compared),
     FigureOf("rivals", "Rivals under identical aggressive conditions", accuracy.rivals),
     FigureOf("map", "Where token masks help, and where they do not", accuracy.mapped),
+    FigureOf("tasks", "The same settings on eleven tasks and architectures", tasks.tasks),
 )

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from capo.core.errors import InputError
-from capo.lab.figures.criteria import CLAIMS, Claim, Missing, Word
+from capo.lab.figures.claims import CLAIMS, Claim
+from capo.lab.figures.criteria import Missing, Word
 from capo.lab.figures.reproduce import RECORD
 from capo.lab.rundir import write_text
 from capo.lab.sweep.table import markdown

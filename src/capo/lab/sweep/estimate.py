@@ -6,39 +6,48 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from capo.lab.rundir import RunDirectory
 from capo.lab.study.estimate import core_seconds
 from capo.lab.sweep.execute import Mark, mark_of
 from capo.lab.sweep.point import Measure, Point
+from capo.policies.pretrain_config import PretrainConfig
 
 # Judging tokens and measuring steps, each as a share of a step; measured with `capo bench step`.
 JUDGED, FORESEEN = 0.06, 0.03
 # A measurement beside the run, in runs: the predictors at four depths on every token of every step.
 FACTORS: dict[Measure, float] = {"runs": 1.0, "fidelity": 3.0, "cost": 1.1}
-PRETRAINING = 0.3  # seconds of one core for an optimizer step of a base policy
+PRETRAINING = 0.3  # seconds of one core for an optimizer step of the embedded policy's recipe
+ROOM = 64  # tokens of a completion up to which the model's own figures hold
+Kind = tuple[Measure, str | None]
 ENOUGH = 3  # finished runs from which a rate is taken
+
+
+def kind_of(point: Point) -> Kind:
+    """What points cost alike: the measure and the folder of the base policy."""
+    return point.cell.measure, point.cell.policy_folder
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Measured seconds over modelled ones, by what a point is.
+    """Measured seconds over modelled ones, by what a point is and by its base policy.
 
     Attributes:
-        by_measure: the median over finished points; 1 where there are too few.
+        by_kind: the median over finished points; 1 where there are too few.
     """
 
-    by_measure: Mapping[Measure, float] = field(default_factory=dict)
+    by_kind: Mapping[Kind, float] = field(default_factory=dict)
 
     @classmethod
     def measured(cls, points: Mapping[str, Point], marks: Mapping[str, Mark | None]) -> Rate:
         """From the points that are over."""
-        ratios: dict[Measure, list[float]] = {}
+        ratios: dict[Kind, list[float]] = {}
         for folder, point in points.items():
             mark = marks[folder]
             if mark is not None and mark.ended == "steps":
                 modelled = modelled_seconds(point)
-                ratios.setdefault(point.cell.measure, []).append(mark.seconds / modelled)
+                ratios.setdefault(kind_of(point), []).append(mark.seconds / modelled)
         return cls({key: median(each) for key, each in ratios.items() if len(each) >= ENOUGH})
 
 
@@ -50,12 +59,34 @@ def modelled_seconds(point: Point) -> float:
     completions = config.completions_after(config.steps)
     seconds = core_seconds(config, completions, spacing=every, problems=config.eval.problems)
     extra = JUDGED * config.capo.judges + FORESEEN * (config.capo.ledger is not None)
-    return seconds * (1 + extra) * FACTORS[point.cell.measure]
+    return seconds * (1 + extra) * FACTORS[point.cell.measure] * _weight(point.cell.recipe)
+
+
+def _weight(recipe: dict[str, Any] | None) -> float:
+    """What a run of a recipe's policy costs, in runs of the embedded one: by its shape and its room."""
+    if recipe is None:
+        return 1.0
+    config = PretrainConfig.from_dict(recipe)
+    room = float(config.task.params.get("max_completion_tokens", ROOM))
+    return _shape(config) * max(1.0, room / ROOM)
+
+
+def _shape(config: PretrainConfig) -> float:
+    embedded = PretrainConfig()
+    return max(
+        1.0, config.layers * config.hidden_size**2 / embedded.layers / embedded.hidden_size**2
+    )
+
+
+def _pretraining_seconds(recipe: dict[str, Any]) -> float:
+    config, embedded = PretrainConfig.from_dict(recipe), PretrainConfig()
+    tokens = config.batch_size * config.positions / embedded.batch_size / embedded.positions
+    return PRETRAINING * config.steps * _shape(config) * tokens
 
 
 def point_seconds(point: Point, rate: Rate) -> float:
     """Seconds of one core, expected."""
-    return modelled_seconds(point) * rate.by_measure.get(point.cell.measure, 1.0)
+    return modelled_seconds(point) * rate.by_kind.get(kind_of(point), 1.0)
 
 
 @dataclass(frozen=True)
@@ -88,7 +119,6 @@ class Forecast:
 def forecast(points: Sequence[Point], runs: Path) -> Forecast:
     """Of the points that are missing."""
     from capo.lab.sweep.drive import distinct
-    from capo.policies.pretrain_config import PretrainConfig
 
     wanted = distinct(points)
     marks = {folder: mark_of(RunDirectory(runs / folder), each) for folder, each in wanted.items()}
@@ -98,5 +128,5 @@ def forecast(points: Sequence[Point], runs: Path) -> Forecast:
     recipes = {each.cell.policy_folder: each.cell.recipe for each in missing}
     for folder, recipe in recipes.items():
         if folder is not None and recipe is not None and not (runs / folder).is_dir():
-            seconds += PRETRAINING * PretrainConfig.from_dict(recipe).steps
-    return Forecast(len(wanted), len(missing), seconds, bool(rate.by_measure))
+            seconds += _pretraining_seconds(recipe)
+    return Forecast(len(wanted), len(missing), seconds, bool(rate.by_kind))

@@ -1,4 +1,4 @@
-"""A grid: a preset, axes whose values are combined, variants, conditions, seeds; checked before anything runs."""
+"""A grid: a preset, axes whose values are combined, variants, conditions, seeds; checked before it runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from capo.core.errors import InputError
 from capo.lab.sections import PositiveInt, Section, Seed, validate
@@ -20,6 +20,13 @@ HORIZON = "horizon"
 Settings = dict[str, Any]
 Axes = dict[str, list[Any]]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]*$")]
+
+
+def _target(value: object) -> object:
+    # a union would report an error once per branch
+    if value == "halfway" or (isinstance(value, float) and 0 < value < 1):
+        return value
+    raise InputError("target", f"must lie between 0 and 1, or be 'halfway', got {value!r}.")
 
 
 class Candidates(Section):
@@ -136,7 +143,7 @@ class Grid(Section):
     seeds: Annotated[list[Seed], Field(min_length=1)] = Field(
         default_factory=lambda: list(range(5))
     )
-    target: Annotated[float, Field(gt=0, lt=1)] | Literal["halfway"] = 0.75
+    target: Annotated[float | Literal["halfway"], BeforeValidator(_target)] = 0.75
     measure: Literal["runs", "fidelity", "cost"] = "runs"
     set: Settings = Field(default_factory=dict)
     axes: Axes = Field(default_factory=dict)
@@ -225,7 +232,8 @@ class Grid(Section):
         }
 
     def _places(self) -> Iterator[_Place]:
-        for condition in self.conditions or [None]:
+        conditions: list[Condition | None] = [*self.conditions]
+        for condition in conditions or [None]:
             for variant in self.variants or [Variant(name="as-is", label="as it is")]:
                 axes = {**self.axes, **variant.axes}
                 axes = {key: values for key, values in axes.items() if key not in variant.set}
