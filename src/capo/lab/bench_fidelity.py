@@ -1,19 +1,19 @@
 """How well each predictor foresees the policy shift of real steps.
 
     capo bench fidelity --output results/trust_region/fidelity.json
+    capo bench fidelity --policies sums_gemma2 aiw --output results/policies/fidelity.json
 
-Plain GRPO trains the embedded policy, nothing is scaled. Before each step every predictor says what the
-step will do, on all of the batch's completions; the truth is the exact KL between the policies before
-and after, on the same tokens. Reported: the token-level Spearman correlation (the paper's Table 5), and
-over the steps of a run the correlation of the logarithms of the batch means, the median of |log ratio|
-and the worst under-prediction.
+Plain GRPO trains the embedded policy, or those of recipes on their own tasks; nothing is scaled. Before
+each step every predictor says what the step will do, on all of the batch's completions; the truth is the
+exact KL between the policies before and after, on the same tokens. Reported: the token-level Spearman
+correlation (the paper's Table 5), and over the steps of a run the correlation of the logarithms of the
+batch means, the median of |log ratio| and the worst under-prediction.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,16 +37,63 @@ if TYPE_CHECKING:
 PRESET = "small-aggressive"
 GENERATIONS = 8  # of a prompt, in the preset
 SUBSETS = (8, 16, 24)  # completions, drawn as the trust region draws them
+EMBEDDED = "sums"  # the recipe of the embedded policy
+FEW = 64  # problems of an evaluation, which nothing here is read from
 FLOOR = 1e-9
 """Nats a token; a step of less (the first of a warm-up) is no step."""
 
 
-def measure_run(arguments: tuple[int, int, float, int]) -> list[dict[str, Any]]:
-    """Train once and compare the predictors at every step.
+@dataclass(frozen=True)
+class Job:
+    """One run.
 
-    Args:
-        arguments: seed, completions a step, learning rate (constant: nothing but the steps' own
-            curvature makes their shifts differ), optimizer steps.
+    Attributes:
+        seed, completions, steps: of the run; completions of a step.
+        learning_rate: constant: nothing but the steps' own curvature makes their shifts differ.
+        policy: the recipe, whose task it is trained on.
+        runs: where the policies of recipes lie.
+    """
+
+    seed: int
+    completions: int
+    learning_rate: float
+    steps: int
+    policy: str = EMBEDDED
+    runs: Path = Path()
+
+    def overrides(self) -> list[str]:
+        """Of the preset."""
+        return [
+            f"run.seed={self.seed}",
+            "run.threads=1",
+            f"training.learning_rate={self.learning_rate}",
+            f"training.completions_per_step={self.completions}",
+            f"training.micro_batch={min(self.completions, 96)}",
+            'training.schedule="constant"',
+            "training.warmup_ratio=0.0",
+            f"training.steps={self.steps}",
+            f"training.save_every={self.steps}",
+            f"eval.every_completions={self.steps * self.completions}",
+            "records.tokens=false",
+            "capo.watch=true",
+            *self._of_recipe(),
+        ]
+
+    def _of_recipe(self) -> list[str]:
+        from capo.lab.study.jobs import overrides_of
+        from capo.lab.sweep.execute import pretrained
+        from capo.lab.sweep.grid import Condition
+        from capo.policies.recipes import recipe_settings
+
+        settings = Condition(name="recipe", recipe=self.policy).settings()
+        if settings:
+            settings["policy.path"] = str(pretrained(recipe_settings(self.policy), self.runs))
+            settings["eval.problems"] = FEW
+        return list(overrides_of(settings))
+
+
+def measure_run(job: Job) -> list[dict[str, Any]]:
+    """Train once and compare the predictors at every step.
 
     Returns:
         one dict a step: ``truth`` and, by predictor, ``batch`` (nats a token), ``token`` (Spearman) and
@@ -56,27 +104,15 @@ def measure_run(arguments: tuple[int, int, float, int]) -> list[dict[str, Any]]:
     from capo.lab.run import train
     from capo.lab.sources import load_config
 
-    seed, completions, lr, steps = arguments
-    config = load_config(
-        PRESET,
-        [
-            f"run.seed={seed}",
-            "run.threads=1",
-            f"training.learning_rate={lr}",
-            f"training.completions_per_step={completions}",
-            f"training.micro_batch={min(completions, 96)}",
-            'training.schedule="constant"',
-            "training.warmup_ratio=0.0",
-            f"training.steps={steps}",
-            f"training.save_every={steps}",
-            f"eval.every_completions={steps * completions}",
-            "records.tokens=false",
-            "capo.watch=true",
-        ],
-    )
+    config = load_config(PRESET, job.overrides())
     with tempfile.TemporaryDirectory() as directory, comparing() as rows:
         train(config, Path(directory) / "run")
-    run = {"seed": seed, "completions": completions, "learning_rate": lr}
+    run = {
+        "seed": job.seed,
+        "completions": job.completions,
+        "learning_rate": job.learning_rate,
+        "policy": job.policy,
+    }
     return [{**run, "step": step, **row} for step, row in enumerate(rows, start=1)]
 
 
@@ -239,60 +275,6 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def report(conditions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What ``capo bench trust-region`` shows: title, rows, goals and notes.
-
-    Args:
-        conditions: dicts of completions, learning_rate and predictors (see `summarise`).
-    """
-    from capo.core.trust_region import auto_sequences
-
-    rows, goals = [], []
-    for each in conditions:
-        where = f"{each['completions']} completions a step, lr {each['learning_rate']:g}"
-        for name, found in each["predictors"].items():
-            rows.append(_row(each, name, found))
-        deep = each["predictors"]["deep (all)"]["token_spearman"]["median"]
-        goals.append(_goal(f"token Spearman of deep, {where}", deep))
-        size = auto_sequences(each["completions"] // GENERATIONS)
-        default = each["predictors"][f"measured ({size} completions)"]["log_correlation"]["median"]
-        goals.append(_goal(f"log-log correlation of the default predictor, {where}", default))
-    notes = [
-        "Over the natural steps of plain GRPO at a constant learning rate, nothing scaled: the truth is "
-        "the exact mean KL over all completion tokens of the step's batch. Medians over runs "
-        "[smallest, largest]; |log ratio|: median over all steps; worst: over all steps. The default "
-        "predictor is `measured` on two completions of every prompt (24 of 96), on 8 at least (of 24); "
-        "`measured (all)` is the truth itself.",
-        "The paper's Table 5 gives 0.622 (token level) and 0.459 (batch level) for the last layer.",
-    ]
-    return {"title": "Fidelity of the predictors", "rows": rows, "goals": goals, "notes": notes}
-
-
-def _row(condition: dict[str, Any], name: str, found: dict[str, Any]) -> dict[str, Any]:
-    def span(key: str) -> str:
-        values = found[key]
-        if values is None:
-            return ""
-        return f"{values['median']:.3f} [{values['min']:.3f}, {values['max']:.3f}]"
-
-    seconds = found["cpu_seconds"]
-    return {
-        "completions a step": condition["completions"],
-        "learning rate": f"{condition['learning_rate']:g}",
-        "predictor": name,
-        "token Spearman": span("token_spearman"),
-        "batch log-log": span("log_correlation"),
-        "median |log ratio|": f"{found['median_abs_log_ratio']:.2f}",
-        "worst under": f"{found['worst_under_prediction']:,.1f} ×",
-        "worst over": f"{found['worst_over_prediction']:,.1f} ×",
-        "CPU ms": "" if seconds is None else f"{1000 * seconds:.0f}",
-    }
-
-
-def _goal(name: str, value: float, goal: float = 0.95) -> dict[str, Any]:
-    return {"name": name, "goal": f"≥ {goal}", "value": f"{value:.3f}", "reached": value >= goal}
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Measure, write the JSON file, print the table."""
     parser = argparse.ArgumentParser(
@@ -303,45 +285,51 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--completions", type=int, nargs="+", default=[96, 24], help="of a step")
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-4, 4e-4])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument(
+        "--policies",
+        nargs="+",
+        default=[EMBEDDED],
+        metavar="NAME",
+        help="recipes, each on its task",
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/lab"), help="where policies lie")
+    parser.add_argument("--output", type=Path, help="JSON file; measured anew is what is replaced")
     options = parser.parse_args(arguments)
+    from capo.lab.bench_fidelity_report import in_words, write
+
+    for policy in options.policies:
+        tables = measured(policy, options)
+        if options.output:
+            write(options.output, tables)
+        for table in tables:
+            print(in_words(table))
+
+
+def measured(policy: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every batch size and learning rate with this policy."""
     conditions = list(itertools.product(options.completions, options.learning_rates))
-    jobs = [(seed, *each, options.steps) for each in conditions for seed in range(options.seeds)]
+    jobs = [
+        Job(seed, completions, lr, options.steps, policy, options.runs)
+        for completions, lr in conditions
+        for seed in range(options.seeds)
+    ]
+    jobs[0].overrides()  # the policy is made before the processes ask for it
     with multiprocessing.get_context("spawn").Pool(min(options.jobs, len(jobs))) as pool:
         rows = [row for run in pool.map(measure_run, jobs, chunksize=1) for row in run]
-    tables = [
+    return [
         {
+            **({} if policy == EMBEDDED else {"policy": policy}),
             "completions": completions,
             "learning_rate": lr,
+            "seeds": options.seeds,
+            "steps": options.steps,
+            "provenance": collect_provenance(),
             "predictors": summarise(
                 [r for r in rows if (r["completions"], r["learning_rate"]) == (completions, lr)]
             ),
         }
         for completions, lr in conditions
     ]
-    document = {
-        "command": f"capo bench fidelity --seeds {options.seeds} --steps {options.steps} "
-        f"--completions {' '.join(map(str, options.completions))} "
-        f"--learning-rates {' '.join(f'{lr:g}' for lr in options.learning_rates)}",
-        "provenance": collect_provenance(),
-        **report(tables),
-        "conditions": tables,
-    }
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    for table in tables:
-        print(
-            f"{table['completions']} completions a step, learning rate {table['learning_rate']:g}"
-        )
-        for name, entry in table["predictors"].items():
-            token = entry["token_spearman"]
-            print(
-                f"  {name:<26} log-log {entry['log_correlation']['median']:6.3f}"
-                f"  |log ratio| {entry['median_abs_log_ratio']:5.2f}"
-                f"  under {entry['worst_under_prediction']:9.2f}x"
-                f"  Spearman {token['median'] if token else math.nan:6.3f}"
-            )
 
 
 if __name__ == "__main__":
