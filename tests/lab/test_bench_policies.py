@@ -10,7 +10,7 @@ import pytest
 
 from capo import InputError
 from capo.lab import bench_policies
-from capo.lab.bench_policies import RECORD, main
+from capo.lab.bench_policies import FIDELITY, RECORD, main
 from capo.lab.sweep.point import policy_folder
 from capo.policies import recipes
 
@@ -74,7 +74,16 @@ def test_a_rerun_replaces_its_row_only(tmp_path: Path) -> None:
         bench_policies.write(tmp_path, each)
     rows = json.loads((tmp_path / RECORD).read_text())["policies"]
     assert [(each["name"], each["pass_at_1"]) for each in rows] == [("a", 0.5), ("b", 0.25)]
-    assert "0.250 [0.400, 0.600]" in (tmp_path / "README.md").read_text()
+    page = (tmp_path / "README.md").read_text()
+    assert "0.250 [0.400, 0.600]" in page
+    assert "Steps foreseen" not in page
+    goal = {"name": "token Spearman of deep, b", "goal": "≥ 0.95", "value": "0.987"}
+    found = {"command": "capo bench fidelity --policies b", "goals": [goal]}
+    (tmp_path / FIDELITY).write_text(json.dumps(found))
+    bench_policies.write(tmp_path, row)
+    page = (tmp_path / "README.md").read_text()
+    assert "| token Spearman of deep, b | ≥ 0.95 | 0.987 |" in page
+    assert "capo bench fidelity --policies b --output results/policies/fidelity.json" in page
 
 
 def test_the_default_is_the_one_that_ships(tmp_path: Path) -> None:

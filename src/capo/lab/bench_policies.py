@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from capo.policies import Policy
     from capo.tasks import Task
 
-RECORD = "policies.json"
+RECORD, FIDELITY = "policies.json", "fidelity.json"
 DEFAULT = "embedded:sums"
 _LENGTHS = 128  # problems, one completion each, that the lengths are taken from
 
@@ -121,11 +121,18 @@ def write(output: Path, row: dict[str, Any]) -> None:
     rows = sorted([*rows, row], key=lambda each: str(each["name"]))
     document = {"policies": rows, "provenance": collect_provenance()}
     write_text(path, json.dumps(document, indent=2) + "\n")
-    write_text(output / "README.md", report(rows))
+    foreseen = output / FIDELITY
+    measured = json.loads(foreseen.read_text(encoding="utf-8")) if foreseen.is_file() else None
+    write_text(output / "README.md", report(rows, measured))
 
 
-def report(rows: list[dict[str, Any]]) -> str:
-    """The record as a page."""
+def report(rows: list[dict[str, Any]], fidelity: dict[str, Any] | None = None) -> str:
+    """The record as a page.
+
+    Args:
+        rows: of the policies.
+        fidelity: what ``capo bench fidelity`` has written beside the record.
+    """
     lines = [
         "# Pre-trained policies",
         "",
@@ -146,8 +153,32 @@ def report(rows: list[dict[str, Any]]) -> str:
         "completion, median and the middle 90 %. minutes: pre-training and its own measurement, on one "
         "busy core. Seeds, recipes and hashes of the weights are in `policies.json`.",
         "",
+        *_foreseen(fidelity),
     ]
     return "\n".join(lines)
+
+
+def _foreseen(fidelity: dict[str, Any] | None) -> list[str]:
+    """How well steps on these policies are foreseen."""
+    if fidelity is None:
+        return []
+    goals = [f"| {g['name']} | {g['goal']} | {g['value']} |" for g in fidelity["goals"]]
+    commands = fidelity["command"].split("; ")
+    return [
+        "## Steps foreseen",
+        "",
+        "Over the natural steps of plain GRPO, median over the runs; all predictors, the smallest and the "
+        f"largest are in `{FIDELITY}`.",
+        "",
+        "```sh",
+        *(f"{command} --output results/policies/{FIDELITY}" for command in commands),
+        "```",
+        "",
+        "| figure | goal | |",
+        "|---|---:|---:|",
+        *goals,
+        "",
+    ]
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
