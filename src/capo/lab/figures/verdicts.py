@@ -111,6 +111,6 @@ HEAD = """# Results
 
 A verdict on each claim of the paper at this scale: a 0.87 M-parameter policy on three-term sums, 96
 completions a step. Each was judged by a criterion that stands in the code
-(`src/capo/lab/figures/criteria.py`), from the record of its figure. `capo lab reproduce FIGURE` makes a
+(`src/capo/lab/figures/claims.py`), from the record of its figure. `capo lab reproduce FIGURE` makes a
 figure anew, `capo lab verdicts` this table.
 """
