@@ -182,6 +182,7 @@ recipe = "sums"
 name = "short"
 recipe = "aiw"
 seeds = [0]
+search_seeds = [100]
 set = { horizon = 96 }
 """
 
@@ -210,13 +211,13 @@ def test_searches_come_first_and_what_they_decide_about_waits():
         "sums/best/search/lr2e-04",
     ]
     points = grid.points()
-    assert [point.seed for point in points[:12]] == [100] * 6 + [101] * 6
-    assert [point.name for point in points[12:]] == [
+    assert [point.seed for point in points[:9]] == [100] * 6 + [101] * 3
+    assert [point.name for point in points[9:]] == [
         "sums/grpo seed 0",
         "short/grpo seed 0",
         "sums/grpo seed 1",
     ]
-    assert len(grid.points(supposed=True)) == 18
+    assert len(grid.points(supposed=True)) == 15
     chosen = candidates["sums/best"][1].at
     settled = grid.model_copy(update={"choices": {"sums/best": chosen}})
     (cell,) = (each for each in settled.cells() if each.name == "sums/best")
@@ -232,6 +233,7 @@ def test_searches_come_first_and_what_they_decide_about_waits():
     ("old", "new", "field"),
     [
         ("[100, 101]", "[1, 100]", "variants.best.search.seeds"),
+        ("search_seeds = [100]", "search_seeds = [0]", "variants.best.search.seeds"),
         ("[1e-4, 5e-4]", "[]", "variants.best.search.among.axes.training.learning_rate"),
         ('name = "short"', 'name = "sums"', "conditions"),
         ('recipe = "aiw"', 'recipe = "aiww"', "conditions.short.recipe"),

@@ -81,14 +81,15 @@ class Condition(Section):
 
     Attributes:
         recipe: one that ships with the package; the condition is its policy and its task.
-        seeds: instead of the grid's.
+        seeds, search_seeds: instead of the grid's and of those of its searches.
         set: laid over the grid's settings, under those of the variants.
     """
 
     name: Name
     label: str | None = None
     recipe: str | None = None
-    seeds: list[Seed] | None = None
+    seeds: Annotated[list[Seed] | None, Field(min_length=1)] = None
+    search_seeds: Annotated[list[Seed] | None, Field(min_length=1)] = None
     set: Settings = Field(default_factory=dict)
 
     @property
@@ -172,7 +173,8 @@ class Grid(Section):
     def _check_search(self, name: str, search: Search) -> None:
         field = f"variants.{name}.search"
         own = {*self.seeds, *(seed for each in self.conditions for seed in each.seeds or [])}
-        if own & set(search.seeds):
+        searched = {seed for each in self.conditions for seed in each.search_seeds or []}
+        if own & {*search.seeds, *searched}:
             raise InputError(f"{field}.seeds", "must be none of those that judge what is found.")
         for each in search.among:
             _check_axes(f"{field}.among.axes", each.axes)
@@ -223,7 +225,7 @@ class Grid(Section):
                     self._cell(place, settings),
                     at=settings,
                     name=f"{place.name}/search/{slug(settings)}",
-                    seeds=tuple(place.variant.search.seeds),
+                    seeds=place.search_seeds,
                 )
                 for settings in place.variant.search.candidates()
             ]
@@ -311,6 +313,14 @@ class _Place:
     condition: Condition | None
     variant: Variant
     at: Settings
+
+    @property
+    def search_seeds(self) -> tuple[int, ...]:
+        """Of its search; none where there is none."""
+        if self.variant.search is None:
+            return ()
+        own = None if self.condition is None else self.condition.search_seeds
+        return tuple(own or self.variant.search.seeds)
 
     @property
     def name(self) -> str:
