@@ -88,6 +88,12 @@ def test_a_suite_file_is_loaded_whole(suite: Path) -> None:
     assert len(load_suite(str(suite))[2].problems) == 3  # none is lost to a train split
 
 
+def test_a_file_of_problems_is_a_suite(suite: Path) -> None:
+    [entry] = load_suite(str(suite.parent / "problems.jsonl"))
+    assert entry.settings.name == "problems"
+    assert len(entry.problems) == 3
+
+
 def test_shipped_suites(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert {"embedded", "math", "paper", "reasoning-gym"} <= set(suite_names())
     assert len(load_suite("reasoning-gym")) == 8

@@ -29,7 +29,7 @@ def evaluate(
     suite: Annotated[
         str | None,
         typer.Option(
-            help="Instead of a task: embedded, math, reasoning-gym, paper, or a TOML file.",
+            help="Instead of a task: embedded, math, reasoning-gym, paper, or a TOML or JSONL file.",
             autocompletion=completing.suites,
         ),
     ] = None,

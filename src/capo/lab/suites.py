@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import tomllib
@@ -71,7 +72,8 @@ def load_suite(source: str) -> list[Entry]:
     """Read a suite and load every task and problem of it.
 
     Args:
-        source: a TOML file, or the name of a suite that ships with the package.
+        source: a TOML file, the name of a suite that ships with the package, or a JSONL file of mathematical
+            problems, which is a suite of that one task.
 
     Raises:
         InputError: anything that cannot be used, data that is missing among it.
@@ -98,6 +100,11 @@ def _text(source: str) -> tuple[str, Path]:
         file = resources.files("capo.suites").joinpath(f"{source}.toml")
         return file.read_text(encoding="utf-8"), Path()
     path = Path(source)
+    if path.suffix == ".jsonl" and path.is_file():
+        return (
+            f"[[tasks]]\nname = {json.dumps(path.stem)}\ndataset = {json.dumps(path.name)}\n",
+            path.parent,
+        )
     if path.is_file():
         return path.read_text(encoding="utf-8"), path.parent
     near = difflib.get_close_matches(source, suite_names(), n=1, cutoff=0.6)
