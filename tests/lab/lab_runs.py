@@ -22,7 +22,8 @@ def invented(point: Point, accuracies: Curve, metrics: Rows = (), measured: Rows
     evaluations = tuple(
         Evaluated(2 * i, SPACING * i, value, 0.02) for i, value in enumerate(accuracies)
     )
-    provenance = {"git_commit": "0123456789abcdef", "git_dirty": False}
+    hardware = {"cpu": "A processor", "cores": 16 if point.seed else 2}
+    provenance = {"git_commit": "0123456789abcdef", "git_dirty": False, "hardware": hardware}
     return Run(
         point=point,
         ended="steps",

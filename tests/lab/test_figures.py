@@ -302,6 +302,7 @@ def test_write_up_and_verdicts_page(tmp_path, monkeypatch):
     assert record["failed"] == {"x seed 0": "OSError: disk"}
     readme = (folder / "README.md").read_text()
     assert "OSError: disk" in readme
+    assert "A processor, 2 cores (10 runs); A processor, 16 cores (10 runs)." in readme
     for slug in ("accuracy-1", "accuracy-2"):
         assert (folder / f"{slug}.svg").read_text().startswith("<svg")
         assert f"{slug}.svg" in readme

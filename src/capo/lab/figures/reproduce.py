@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,18 @@ def record_of(
         "commits": sorted({str(each.get("git_commit")) for each in made}),
         "uncommitted_changes": any(each.get("git_dirty") for each in made),
         "hardware": provenance["hardware"],
+        "machines": _machines(made),
         "packages": provenance["packages"],
         "wall_seconds": round(wall_seconds, 1),
         "core_seconds": round(sum(run.mark.seconds for run in result.runs), 1),
         "numbers": drawn.numbers,
     }
+
+
+def _machines(made: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """How many runs each kind of machine has made."""
+    found = [each["hardware"] for each in made if "hardware" in each]
+    return dict(Counter(f"{each['cpu']}, {each['cores']} cores" for each in found).most_common())
 
 
 def _record_before(output: Path, command: str) -> float:
@@ -107,7 +115,10 @@ def command_of(figure: FigureOf, grid: Grid) -> str:
 
 def readme(figure: FigureOf, record: dict[str, Any], drawn: Drawn) -> str:
     """For people."""
-    hardware = record["hardware"]
+    machines = [
+        name if len(record["machines"]) == 1 else f"{name} ({count} runs)"
+        for name, count in record["machines"].items()
+    ]
     seeds = ", ".join(map(str, record["seeds"]))
     commits = ", ".join(commit[:12] for commit in record["commits"]) or "none"
     changed = " with uncommitted changes" if record["uncommitted_changes"] else ""
@@ -115,7 +126,7 @@ def readme(figure: FigureOf, record: dict[str, Any], drawn: Drawn) -> str:
     facts = [
         f"Command: `{record['command']}`. Seeds: {seeds}. Commit: {commits}{changed}.",
         f"{record['runs']} of {record['wanted']} runs, {core} of processes in all; making them "
-        f"took {wall} of wall time. {hardware['cpu']}, {hardware['cores']} cores.",
+        f"took {wall} of wall time here. {'; '.join(machines)}.",
     ]
     parts = [f"# {figure.title}", "\n".join(facts)]
     if record["failed"]:

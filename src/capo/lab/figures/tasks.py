@@ -18,6 +18,7 @@ from capo.lab.sweep.intervals import Interval
 from capo.lab.sweep.reading import CellResult, GridResult, searched_mean
 from capo.lab.sweep.table import final_accuracy, table_of
 
+ROW = 48  # CSS pixels of the figure for a condition
 OWN, BEST = "trust-region", "grpo-best"
 
 
@@ -79,7 +80,9 @@ def _row(result: GridResult, group: Sequence[CellResult]) -> dict[str, Any] | No
     ratio = None
     if OWN in there and BEST in there:
         slow, fast = ([to_target(r, target) for r in there[arm].runs] for arm in (BEST, OWN))
-        ratio = _estimated(ratio_of_medians(slow, fast), ".2f")
+        found = ratio_of_medians(slow, fast)
+        if found.value.low > 0 or math.isfinite(found.value.high):  # else neither gets there
+            ratio = _estimated(found, ".2f")
     return {
         "condition": first.condition,
         "label": first.where,
@@ -208,8 +211,10 @@ def _figures(
     )
     base = pd.DataFrame({"task": row["label"], "value": row["base"]} for row in rows)
     order, shown = [row["label"] for row in rows], [names[arm] for arm in arms]
-    y = alt.Y("task:N", title=None, sort=order, axis=alt.Axis(labelLimit=320, labelOverlap=False))
-    x: dict[str, Any] = {"title": "final accuracy", "scale": alt.Scale(domain=[0, 1])}
+    between = alt.Axis(labelLimit=320, labelOverlap=False, grid=True, tickBand="extent")
+    y = alt.Y("task:N", title=None, sort=order, axis=between)
+    axis = alt.Axis(tickCount=10)
+    x: dict[str, Any] = {"title": "final accuracy", "scale": alt.Scale(domain=[0, 1]), "axis": axis}
     looks = point_encodings(shown, data)
     start = alt.Chart(alt.NamedData(name=MAIN)).encode(
         y=y, yOffset=alt.YOffset("series:N", sort=shown), color=looks["color"]
@@ -220,7 +225,7 @@ def _figures(
     )
     bases = (
         alt.Chart(alt.NamedData(name="base"))
-        .mark_tick(thickness=1.5, size=24, color="#59636E", opacity=0.8)
+        .mark_tick(thickness=1.5, size=ROW - 12, color="#59636E", opacity=0.8)
         .encode(y=y, x=alt.X("value:Q", **x))
     )
     assert len(rows) <= MOST_ROWS, "one figure holds no more"
@@ -232,5 +237,6 @@ def _figures(
             alt.layer(bases, rule, point),
             data,
             {"base": base},
+            export_height=len(rows) * ROW,
         )
     ]

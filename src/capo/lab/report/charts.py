@@ -34,6 +34,7 @@ class Figure:
         extras: further datasets (rules, marks).
         series_legend: False for a figure whose legend does not list the series.
         wide: spans the whole page.
+        height, export_height: of the plot on the page and in an exported file, CSS pixels.
     """
 
     slug: str
@@ -45,6 +46,7 @@ class Figure:
     series_legend: bool = True
     wide: bool = False
     height: int = 240
+    export_height: int = HEIGHT
 
     def spec(self, *, page: bool) -> dict[str, Any]:
         """The Vega-Lite specification with its data, for the page or for an exported file."""
@@ -59,7 +61,7 @@ class Figure:
             if self.series_legend:  # the page's own legend serves all figures at once
                 _drop_legends(spec)
         else:
-            spec.update(width=WIDTH, height=HEIGHT, title=self.title, padding=16)
+            spec.update(width=WIDTH, height=self.export_height, title=self.title, padding=16)
         spec["datasets"] = {name: records(table) for name, table in tables.items()}
         spec["description"] = f"{self.title}. {self.caption}"
         return spec
