@@ -64,8 +64,12 @@ def _llama(shape: dict[str, Any]) -> PreTrainedModel:
 def _gpt_neox(shape: dict[str, Any]) -> PreTrainedModel:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+    # a quarter of so small a head, the default, is too little to tell positions apart
+    rotary = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
     return GPTNeoXForCausalLM(
-        GPTNeoXConfig(use_parallel_residual=True, tie_word_embeddings=False, **shape)
+        GPTNeoXConfig(
+            use_parallel_residual=True, tie_word_embeddings=False, rope_parameters=rotary, **shape
+        )
     )
 
 
