@@ -109,6 +109,7 @@ def measured(name: str, runs: Path, problems: int, k: int, seed: int) -> dict[st
         "policy": place,
         "recipe": settings,
         "versions": recipe["versions"],
+        "measured_on": collect_provenance()["hardware"],
     }
 
 
@@ -150,8 +151,9 @@ def report(rows: list[dict[str, Any]], fidelity: dict[str, Any] | None = None) -
         "",
         "pass@1 and pass@8 (unbiased, arXiv 2107.03374): completions sampled at temperature 1 from the "
         "full vocabulary, of held-out problems, with Wilson's 95 % interval over problems. tokens: of a "
-        "completion, median and the middle 90 %. minutes: pre-training and its own measurement, on one "
-        "busy core. Seeds, recipes and hashes of the weights are in `policies.json`.",
+        "completion, median and the middle 90 %. minutes: wall clock of pre-training and its own "
+        "measurement on one core, which others may have used as well. Seeds, recipes and hashes of the "
+        "weights are in `policies.json`.",
         "",
         *_foreseen(fidelity),
     ]
