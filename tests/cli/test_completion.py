@@ -84,7 +84,7 @@ def bash(script: str, home: Path) -> subprocess.CompletedProcess[str]:
     [
         ("capo train small-a", ["small-aggressive", "small-aggressive-capo"]),
         ("capo train small-capo training.st", ["training.steps="]),
-        ("capo lab reproduce ta", ["table1", "table5"]),
+        ("capo lab reproduce ta", ["table1", "table5", "tasks"]),
         ("capo doc", ["doctor"]),
     ],
 )
