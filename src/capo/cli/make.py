@@ -22,6 +22,7 @@ BENCHES = {
     "plan": "capo.lab.bench_plan",
     "policies": "capo.lab.bench_policies",
     "larger": "capo.lab.bench_larger",
+    "gpu": "capo.lab.gpu.command",
 }
 
 
@@ -97,7 +98,7 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            metavar="step|core|fidelity|trust-region|warning|plan|policies|larger",
+            metavar="step|core|fidelity|trust-region|warning|plan|policies|larger|gpu",
             help="What to measure.",
             autocompletion=completing.benches,
         ),
@@ -105,7 +106,7 @@ def bench(
 ) -> None:
     """Time a step (step, core), judge its predictors (fidelity), compare rules (trust-region),
     judge the early warning (warning), hold the plan against real runs (plan), pre-train and
-    measure policies (policies), train a larger one on a GPU (larger).
+    measure policies (policies), train a larger one (larger), check and time a GPU (gpu).
     """
     if what not in BENCHES:
         raise InputError("bench", f"must be one of {', '.join(BENCHES)}, got {what!r}.")

@@ -1,0 +1,52 @@
+"""What the device can do at best, measured beside what is compared with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import capo
+from capo.lab.gpu.sizes import Sizes
+from capo.lab.gpu.timing import device, measure, release
+from capo.lab.provenance import collect_provenance
+
+
+def ceilings(sizes: Sizes) -> dict[str, float]:
+    """Copy bandwidth (bytes read and written), 16-bit and float32 matrix products, on random data."""
+    on = device()
+    source = torch.randn(sizes.copy_bytes // 4, device=on)
+    target = torch.empty_like(source)
+    copy = measure(lambda: target.copy_(source), 20, seconds=1.0)
+    del source, target
+    release()
+    n = sizes.matmul
+    a, b = (torch.randn(n, n, device=on, dtype=torch.bfloat16) for _ in range(2))
+    product = measure(lambda: a @ b, 20, seconds=1.0)
+    del a, b
+    release()
+    return {
+        "copy_tbps": 2.0 * sizes.copy_bytes / copy.median_ms / 1e9,
+        "matmul_tflops": 2.0 * n**3 / product.median_ms / 1e9,
+    }
+
+
+def about() -> dict[str, Any]:
+    """The device and the versions, without the machine's name."""
+    facts: dict[str, Any] = {"capo": capo.__version__, **collect_provenance()}
+    del facts["command"]
+    on = device()
+    facts["device"] = on.type
+    try:
+        import triton
+
+        facts["triton"] = triton.__version__
+    except ImportError:
+        facts["triton"] = None
+    if on.type == "cuda":
+        properties: Any = torch.cuda.get_device_properties(0)
+        facts["device"] = properties.name
+        facts["device_memory_gib"] = round(properties.total_memory / 2**30, 1)
+        facts["multiprocessors"] = properties.multi_processor_count
+        facts["cuda"] = torch.version.cuda
+    return facts

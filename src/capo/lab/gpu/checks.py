@@ -1,0 +1,139 @@
+"""Is the fused backend right on this device? No figure is taken where it is not.
+
+Every field against float64 on fresh random inputs, at odd sizes and at the tiles that are used, with every
+output buffer full of NaN beforehand. The bound is a relative norm: float32 sums of exact 16-bit products
+lie below 1e-5, TF32 products near 3e-4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import capo
+from capo.lab.gpu.sizes import Sizes
+from capo.lab.gpu.timing import Record, device
+
+FIELDS = ("objective_shift", "policy_shift", "log_prob", "entropy", "s", "variance")
+BOUND = 1e-4
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh buffers hold NaN (integers: the least one) instead of what was there."""
+    plain = torch.Tensor.new_empty
+
+    def fill(self: Tensor, *shape: Any, **options: Any) -> Tensor:
+        fresh = plain(self, *shape, **options)
+        return fresh.fill_(math.nan) if fresh.is_floating_point() else fresh.fill_(-(2**31))
+
+    torch.Tensor.new_empty = fill  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.new_empty = plain  # type: ignore[method-assign]
+
+
+def in_float64(x: Any) -> Any:
+    """The same numbers in float64, tensors of a step included."""
+    if isinstance(x, Tensor):
+        return x.double() if x.is_floating_point() else x
+    if hasattr(x, "of_gradient"):
+        return replace(x, **{f.name: in_float64(getattr(x, f.name)) for f in fields(x)})
+    return x
+
+
+def problem(
+    kind: str, tokens: int, vocabulary: int, width: int, dtype: torch.dtype, seed: int
+) -> dict[str, Any]:
+    """Arguments of ``capo.token_curvature``: random, on the device."""
+    on = device()
+    g = torch.Generator(on).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, device=on)
+
+    m = 1e-3 * normal(vocabulary, width)
+    square = 1e-6 * normal(vocabulary, width).square() + 1e-12
+    adam = capo.AdamStep(1e-4, (0.9, 0.999), 1e-8, m, square, 20)
+    step: Any = {
+        "sgd": capo.SGDStep(1e-3),
+        "given": capo.GivenStep((1e-3 * m).to(dtype)),
+        "momentum": capo.MomentumStep(1e-3, 0.9, m, weight_decay=0.1),
+        "frozen": replace(adam, preconditioner="frozen"),
+        "adam": adam,
+        "adam, 16-bit moments": replace(adam, exp_avg=m.to(dtype), exp_avg_sq=square.to(dtype)),
+    }[kind]
+    return {
+        "hidden": normal(tokens, width).to(dtype),
+        "head_weight": (2.0 * normal(vocabulary, width) / width**0.5).to(dtype),
+        "token_ids": torch.randint(vocabulary, (tokens,), generator=g, device=on),
+        "advantages": normal(tokens),
+        "step": step,
+        "top_k": min(50, vocabulary) if kind.startswith("adam") else None,
+    }
+
+
+def distances(found: capo.TokenCurvature, exact: capo.TokenCurvature) -> dict[str, float]:
+    """``‖found − exact‖ / ‖exact‖`` of every field."""
+    out = {}
+    for name in FIELDS:
+        ours, theirs = getattr(found, name).double(), getattr(exact, name).double()
+        out[name] = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-300))
+    return out
+
+
+def worst(found: capo.TokenCurvature, exact: capo.TokenCurvature) -> float:
+    """The largest of them; NaN where one is."""
+    values = list(distances(found, exact).values())
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+def run(sizes: Sizes, record: Record) -> None:
+    """Every step kind at every size; raises SystemExit where one is out of bounds."""
+    red = []
+    kinds = ("sgd", "given", "momentum", "frozen", "adam", "adam, 16-bit moments")
+    seed = int(torch.seed() % (1 << 31))
+    record.add("seed", seed)
+    record.add("bound", BOUND)
+    dtypes = [torch.bfloat16] if sizes.scale == "quick" else [torch.bfloat16, torch.float32]
+    counts = sizes.check_tokens[-1:] if sizes.scale == "quick" else sizes.check_tokens
+    for dtype in dtypes:
+        for kind in kinds:
+            for tokens in counts:
+                given = problem(
+                    kind, tokens, sizes.check_vocabulary, sizes.check_width, dtype, seed + tokens
+                )
+                with poisoned():
+                    found = judge(given, "triton")
+                exact = judge({k: in_float64(v) for k, v in given.items()}, "eager")
+                off = worst(found, exact)
+                name = f"{kind}, {str(dtype).removeprefix('torch.')}, {tokens} tokens"
+                record.add(name, off)
+                if not off <= BOUND:
+                    red.append(name)
+    record.add("red", red)
+    if red:
+        raise SystemExit(f"out of bounds: {', '.join(red)}")
+
+
+def judge(given: dict[str, Any], impl: str) -> capo.TokenCurvature:
+    """``capo.token_curvature`` of such a problem."""
+    given = dict(given)
+    first = [given.pop(n) for n in ("hidden", "head_weight", "token_ids", "advantages")]
+    return capo.token_curvature(*first, **given, impl=impl)
+
+
+def small() -> None:
+    """One small pass through every kernel, for a memory checker to watch."""
+    for kind in ("sgd", "frozen", "adam"):
+        given = problem(kind, 33, 1003, 72, torch.bfloat16, 1)
+        found = judge(given, "triton")
+        assert bool(torch.isfinite(found.policy_shift).all())
+    print("small: done")

@@ -1,0 +1,282 @@
+"""The core at a 7 B model's head: time, memory, share of the ceilings, and what others need for the same.
+
+From hidden states to policy shifts, every competitor on the same inputs and checked against ours before
+it is timed:
+
+- *chunked*: the plain backend, any device;
+- *naive*: whole logits, ``[N, K, d]`` gradients and moments, at the most tokens that fit into memory;
+- *dict of rows*: the published form, one tensor a vocabulary row in a Python dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import capo
+from capo.core.statistics.judged import Candidates, Sampled
+from capo.core.statistics.problem import Head, Problem
+from capo.core.statistics.rest import Rest
+from capo.core.statistics.triton_launch import tiling
+from capo.lab.bench_core import Given, Inputs, dict_of_rows, naive
+from capo.lab.gpu import checks
+from capo.lab.gpu.ceilings import ceilings
+from capo.lab.gpu.sizes import Core, Sizes
+from capo.lab.gpu.timing import Record, Timing, device, measure, release
+
+AGREEMENT = 2e-2
+"""Of policy shifts, relative to their mean: two 16-bit paths may break near-ties for the last rows apart."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """The inputs on the device."""
+
+    sizes: Core
+    hidden: Tensor
+    weight: Tensor
+    token_ids: Tensor
+    advantages: Tensor
+    step: capo.AdamStep
+
+    def arguments(self, tokens: int | None = None, **changes: Any) -> dict[str, Any]:
+        """Of ``capo.token_curvature``, for the first ``tokens`` tokens."""
+        return {
+            "hidden": self.hidden[:tokens],
+            "head_weight": self.weight,
+            "token_ids": self.token_ids[:tokens],
+            "advantages": self.advantages[:tokens],
+            "step": self.step,
+            "top_k": self.sizes.top_k,
+        } | changes
+
+    def judge(
+        self, tokens: int | None = None, impl: str = "triton", **changes: Any
+    ) -> capo.TokenCurvature:
+        """The core on the first ``tokens`` tokens."""
+        return checks.judge(self.arguments(tokens, **changes), impl)
+
+
+def make(sizes: Core, seed: int = 0) -> Case:
+    """Random inputs: 16-bit hidden states and head, float32 moments as after some training."""
+    on = device()
+    g = torch.Generator(on).manual_seed(seed)
+    n, d, v = sizes.tokens, sizes.width, sizes.vocabulary
+    narrow = {"generator": g, "device": on, "dtype": torch.bfloat16}
+    exp_avg = torch.randn(v, d, generator=g, device=on).mul_(1e-5)
+    exp_avg_sq = torch.rand(v, d, generator=g, device=on).mul_(1e-8)
+    advantages = torch.randn(n, generator=g, device=on)
+    advantages[torch.rand(n, generator=g, device=on) < 0.1] = 0.0
+    return Case(
+        sizes,
+        torch.randn(n, d, **narrow),  # type: ignore[call-overload]
+        torch.randn(v, d, **narrow).mul_(2.0 / d**0.5),  # type: ignore[call-overload]
+        torch.randint(v, (n,), generator=g, device=on),
+        advantages,
+        capo.AdamStep(1e-6, (0.9, 0.999), 1e-8, exp_avg, exp_avg_sq, 20),
+    )
+
+
+def run(sizes: Sizes, record: Record) -> None:
+    """All of the core's numbers; a part that fails leaves the others."""
+    record.add("ceilings", limits := ceilings(sizes))
+    case = make(sizes.core)
+    record.add("sizes", {k: getattr(sizes.core, k) for k in ("tokens", "width", "vocabulary", "top_k")})
+    _check(case, record)
+    best = _sweep(case, record)
+    with tiling(**best):
+        _parts(case, record, limits)
+        for name, part in {
+            "chunked": _chunked,
+            "dict of rows": _dict_of_rows,
+            "naive": _naive,
+        }.items():
+            release()
+            try:
+                record.add(name, part(case, best))
+            except (RuntimeError, ValueError) as error:
+                record.fail(name, error)
+
+
+def _check(case: Case, record: Record) -> None:
+    """Some of the tokens of the very run that is timed, against float64."""
+    found = case.judge()
+    n = case.sizes.tokens
+    some = torch.linspace(0, n - 1, min(48, n), device=case.hidden.device).long()
+    given = case.arguments()
+    for name in ("hidden", "token_ids", "advantages"):
+        given[name] = given[name][some]
+    # The head and the moments of 150 000 rows fit in float64 only where little else is there.
+    exact = checks.judge({k: checks.in_float64(v) for k, v in given.items()}, "eager")
+    off = {
+        name: float(
+            (getattr(found, name)[some].double() - getattr(exact, name)).norm()
+            / getattr(exact, name).norm()
+        )
+        for name in checks.FIELDS
+    }
+    record.add("distance from float64", off)
+    if not all(value <= checks.BOUND for value in off.values()):
+        raise SystemExit(f"the core is off by {off}: nothing timed")
+    del found, exact
+    release()
+
+
+def _sweep(case: Case, record: Record) -> dict[str, int]:
+    """The quickest of a few tilings, the table's own among them."""
+    n = min(case.sizes.sweep_tokens, case.sizes.tokens)
+    rows, best, quickest = {}, dict[str, int](), float("inf")
+    for changes in case.sizes.sweep:
+        name = ", ".join(f"{k} {v}" for k, v in changes.items()) or "the table's"
+        try:
+            with tiling(**changes):
+                timing = measure(lambda: case.judge(n), 3, seconds=0.5)
+        except Exception as error:  # a tile that does not fit the chip is an answer too
+            record.fail(f"tiling {name}", error)
+            continue
+        rows[name] = timing.median_ms
+        if timing.median_ms < quickest * 0.98:  # no change for noise
+            best, quickest = changes, timing.median_ms
+    record.add("tilings, ms", rows)
+    record.add("tiling", best)
+    return best
+
+
+def _parts(case: Case, record: Record, limits: dict[str, float]) -> None:
+    """The core whole and in parts, and what is judged beside it."""
+    core, step = case.sizes, case.step
+    narrow = replace(step, exp_avg=step.exp_avg.bfloat16(), exp_avg_sq=step.exp_avg_sq.bfloat16())  # type: ignore[union-attr]
+    moments = capo.LastLayerMoments((core.vocabulary, core.width), device=case.hidden.device)
+    judged = case.judge()
+    first = (case.hidden, case.weight, case.token_ids, case.advantages / core.tokens)
+
+    def accumulate() -> None:
+        moments.accumulate(*first, top_k=core.top_k, support=judged.support)
+
+    def advance() -> None:
+        accumulate()
+        moments.advance(1.0)
+
+    calls: dict[str, Callable[[], object]] = {
+        "core": case.judge,
+        "core, 16-bit moments": lambda: case.judge(step=narrow),
+        "log-probability and entropy alone": lambda: case.judge(step=capo.SGDStep(1e-6), top_k=None),
+        "batch-level shift": lambda: case.judge(granularity="batch"),
+        "simulated gradient": accumulate,
+        "simulated gradient and moments": advance,
+    }
+    for name, call in calls.items():
+        release()
+        try:
+            timing = measure(call, core.repeats)
+        except (RuntimeError, ValueError) as error:
+            record.fail(name, error)
+            continue
+        record.add(name, timing)
+        if name == "core":
+            flops = 2.0 * core.tokens * core.vocabulary * core.width
+            element = step.exp_avg.element_size()  # type: ignore[union-attr]
+            gathered = core.tokens * core.top_k * core.width * 2.0 * element
+            seconds = timing.median_ms / 1e3
+            record.add(
+                "share of the ceilings",
+                {
+                    "matrix": flops / seconds / 1e12 / limits["matmul_tflops"],
+                    "copy": gathered / seconds / 1e12 / limits["copy_tbps"],
+                    "floor_ms": 1e3
+                    * max(
+                        flops / 1e12 / limits["matmul_tflops"],
+                        gathered / 1e12 / limits["copy_tbps"],
+                    ),
+                    "both_ms": 1e3
+                    * (
+                        flops / 1e12 / limits["matmul_tflops"]
+                        + gathered / 1e12 / limits["copy_tbps"]
+                    ),
+                },
+            )
+    moments.grad = None
+
+
+def _chunked(case: Case, best: dict[str, int]) -> dict[str, Any]:
+    n = min(case.sizes.chunked_tokens, case.sizes.tokens)
+    return _compare(case, n, lambda: case.judge(n, impl="chunked").policy_shift, 5)
+
+
+def _given(case: Case, n: int) -> Given:
+    """Whole logits of the first tokens in one product, reduced to the judged rows."""
+    hidden = case.hidden[:n].float()
+    head = Head(case.weight, None, 1.0, 1.0, None, torch.float32)
+    p = Problem(hidden, head, case.token_ids[:n], case.advantages[:n], case.step, case.sizes.top_k, True)
+    logits = (case.hidden[:n] @ case.weight.T).float()
+    z = logits.gather(1, p.token_ids[:, None])[:, 0]
+    logits.scatter_(1, p.token_ids[:, None], -torch.inf)
+    y, rows = logits.topk(case.sizes.top_k - 1, dim=1)
+    lse = torch.logsumexp(logits, dim=1)
+    zero = torch.zeros_like(lse)
+    rest = Rest(lse, zero, zero, zero, zero)
+    return Given(p, Sampled(z, zero, zero), Candidates(y, rows, zero), rest)
+
+
+def _naive(case: Case, best: dict[str, int]) -> dict[str, Any]:
+    """At the most tokens that fit into memory, in steps of a quarter."""
+    step = case.step
+    assert step.exp_avg is not None
+    assert step.exp_avg_sq is not None
+    n = case.sizes.tokens
+    while True:
+        given = Inputs(None, step.exp_avg, step.exp_avg_sq)  # type: ignore[arg-type]
+
+        def call(n: int = n) -> Tensor:
+            return naive(_given(case, n), given)
+
+        release()
+        try:
+            call()
+            break
+        except torch.OutOfMemoryError:
+            n = n * 3 // 4
+    release()
+    return _compare(case, n, call, 3)
+
+
+def _dict_of_rows(case: Case, best: dict[str, int]) -> dict[str, Any]:
+    step = case.step
+    assert step.exp_avg is not None
+    assert step.exp_avg_sq is not None
+    n = min(case.sizes.dict_tokens, case.sizes.tokens)
+    first = _given(case, n)
+    rows = torch.unique(torch.cat([first.candidates.rows, first.problem.token_ids[:, None]], dim=1))
+    m = {k: step.exp_avg[k].clone() for k in rows.tolist()}
+    v = {k: step.exp_avg_sq[k].clone() for k in rows.tolist()}
+    return _compare(case, n, lambda: dict_of_rows(_given(case, n), m, v), 3)
+
+
+def _compare(case: Case, n: int, other: Callable[[], Tensor], repeats: int) -> dict[str, Any]:
+    """A competitor and ours on the same tokens in turn, the competitor checked first."""
+    ours = case.judge(n).policy_shift.double()
+    theirs = other().double()
+    off = float((ours - theirs).norm() / ours.norm())
+    if not off <= AGREEMENT:
+        raise ValueError(f"disagrees with the core by {off:.1e}: not timed")
+    del ours, theirs
+    release()
+    theirs_timing = measure(other, repeats)
+    release()
+    ours_timing = measure(lambda: case.judge(n), repeats)
+    return {
+        "tokens": n,
+        "distance": off,
+        "theirs": _plain(theirs_timing),
+        "ours": _plain(ours_timing),
+        "times_slower": theirs_timing.median_ms / ours_timing.median_ms,
+        "times_memory": theirs_timing.peak_mb / max(ours_timing.peak_mb, 1e-3),
+    }
+
+
+def _plain(timing: Timing) -> dict[str, float]:
+    return dict(vars(timing))

@@ -1,0 +1,189 @@
+"""The records as one table, and as ``README.md``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+DRY = "DRY RUN at tiny sizes without a GPU: every part works, no time means anything."
+ASKED = {"naive_faster": 5.0, "naive_memory": 50.0, "overhead": 0.01}
+
+
+def load(output: Path) -> dict[str, dict[str, Any]]:
+    """The stages' records, by name."""
+    return {p.stem: json.loads(p.read_text()) for p in sorted(output.glob("*.json"))}
+
+
+def table(output: Path) -> str:
+    """Everything in one table of text."""
+    records = load(output)
+    rows = [("", "time ms", "extra MB", "beside")]
+    if "core" in records:
+        rows += _core_rows(records["core"])
+    for name in sorted(name for name in records if name.startswith("step")):
+        rows += _step_rows(records[name])
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = [
+        f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows
+    ]
+    if any(r.get("scale") == "tiny" for r in records.values()):
+        lines.insert(0, DRY)
+    return "\n".join(lines)
+
+
+def _core_rows(core: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    rows = []
+    size, limits = core.get("sizes", {}), core.get("ceilings", {})
+    if limits:
+        rows.append(
+            (
+                "ceilings",
+                "",
+                "",
+                f"copy {limits['copy_tbps']:.2f} TB/s, "
+                f"16-bit product {limits['matmul_tflops']:.0f} TFLOP/s",
+            )
+        )
+    if size:
+        rows.append(
+            (
+                f"N {size['tokens']}, d {size['width']}, V {size['vocabulary']}, K {size['top_k']}",
+                *("", "", ""),
+            )
+        )
+    share = core.get("share of the ceilings", {})
+    beside = {}
+    if share:
+        beside["core"] = (
+            f"{share['matrix']:.0%} of the matrix ceiling, {share['copy']:.0%} of the copy "
+            f"ceiling; both floors together {share['both_ms']:.1f} ms"
+        )
+    for name, value in core.items():
+        if isinstance(value, dict) and "median_ms" in value:
+            rows.append((f"  {name}", *_timing(value), beside.get(name, "")))
+        elif isinstance(value, dict) and "times_slower" in value:
+            rows.append(
+                (
+                    f"  {name}, N {value['tokens']}",
+                    *_timing(value["theirs"]),
+                    f"ours {value['ours']['median_ms']:.1f} ms, {value['ours']['peak_mb']:.0f} MB: "
+                    f"{value['times_slower']:.1f} × faster, 1/{value['times_memory']:.0f} of the memory",
+                )
+            )
+    return rows + _failed(core)
+
+
+def _step_rows(record: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    policy = record.get("policy")
+    if policy is None:
+        return _failed(record)
+    rows = [
+        (
+            f"{policy['name']}, {policy['parameters'] / 1e9:.2f} B, {policy['tokens']} tokens a step",
+            *("", "", ""),
+        )
+    ]
+    for name, step in record.get("steps", {}).items():
+        extra = ""
+        if step["peak_mb"] is not None:
+            extra = f"{step['peak_mb'] - step['plain_peak_mb']:.0f}"
+        parts = "; ".join(f"{k} {v:.1%}" for k, v in step["parts_of_a_plain_step"].items())
+        spread = f"{min(step['overheads']):+.1%} to {max(step['overheads']):+.1%}"
+        rows.append(
+            (
+                f"  {name}",
+                f"{step['step_ms']:.1f}",
+                extra,
+                f"{step['overhead']:+.1%} ({spread}) of {step['plain_ms']:.1f} ms"
+                + (f": {parts}" if parts else ""),
+            )
+        )
+    return rows + _failed(record)
+
+
+def _failed(record: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    return [(f"  {n}", "", "", f"failed: {e[:90]}") for n, e in record.get("failed", {}).items()]
+
+
+def _timing(value: dict[str, Any]) -> tuple[str, str]:
+    return f"{value['median_ms']:.2f}", f"{value['peak_mb']:.0f}"
+
+
+def verdicts(records: dict[str, dict[str, Any]]) -> list[str]:
+    """What was asked, and what was found."""
+    lines = []
+    naive = records.get("core", {}).get("naive")
+    if naive:
+        faster, memory = naive["times_slower"], naive["times_memory"]
+        lines += [
+            f"- At least 5 × faster than the naive form: **{_met(faster >= ASKED['naive_faster'])}** "
+            f"({faster:.1f} × at N = {naive['tokens']}).",
+            f"- At most 1/50 of its memory: **{_met(memory >= ASKED['naive_memory'])}** "
+            f"(1/{memory:.0f}).",
+        ]
+    for name in sorted(name for name in records if name.startswith("step")):
+        record = records[name]
+        for variant, step in record.get("steps", {}).items():
+            if variant == "GRPO again":
+                lines.append(
+                    f"- {record['policy']['name']}: GRPO against itself, the noise of the others: "
+                    f"{step['overhead']:+.1%}."
+                )
+                continue
+            lines.append(
+                f"- {record['policy']['name']}, {variant}: at most 1 % of the update step: "
+                f"**{_met(step['overhead'] <= ASKED['overhead'])}** ({step['overhead']:+.1%})."
+            )
+    return lines
+
+
+def _met(yes: bool) -> str:
+    return "met" if yes else "not met"
+
+
+def write_report(output: Path) -> None:
+    """``README.md`` beside the records."""
+    records = load(output)
+    about: dict[str, Any] = next((r["about"] for r in records.values() if "about" in r), {})
+    dry = any(r.get("scale") == "tiny" for r in records.values())
+    versions = ", ".join(f"{k} {v}" for k, v in about.get("packages", {}).items())
+    verdict = records.get("verdict", {})
+    checks = [
+        f"- {name}: {value}"
+        for name, value in verdict.items()
+        if name not in ("stage", "scale", "complete")
+    ]
+    lines = [
+        "# On a GPU",
+        "",
+        f"**{DRY}**\n" if dry else "",
+        "What the curvature costs beside a large policy. `benchmarks/gpu.sh` makes everything here",
+        "anew, the checks first.",
+        "",
+        f"Device: {about.get('device')}"
+        + (f", {about['device_memory_gib']} GiB" if "device_memory_gib" in about else "")
+        + f". {versions}, triton {about.get('triton')}, CUDA {about.get('cuda')}, "
+        f"Python {about.get('python')}.",
+        "",
+        "## Checks",
+        "",
+        *checks,
+        "",
+        "## Asked and found",
+        "",
+        *verdicts(records),
+        "",
+        "## Table",
+        "",
+        "```text",
+        table(output),
+        "```",
+        "",
+        "Times are medians by device events after a warm-up; memory is what a call needs above what was",
+        "there before it. An update step is forward, loss, backward and optimizer in bf16 with gradient",
+        "checkpointing, on completions that are given; trainers take turns on one model, and an overhead",
+        "is over the turns of `GRPOTrainer` before and after. Raw numbers are in the records beside this.",
+        "",
+    ]
+    (output / "README.md").write_text("\n".join(lines))
