@@ -8,7 +8,7 @@ import torch
 
 from capo.core.errors import InputError
 from capo.core.statistics import chunked
-from capo.core.statistics.groups import scatter_gradient
+from capo.core.statistics.groups import scatter_gradient, scatter_rows, scatters
 from capo.core.statistics.options import current
 from capo.core.statistics.problem import Problem
 from capo.core.steps import AdamStep, SGDStep
@@ -232,9 +232,13 @@ def _add_rows(into: Float[Tensor, "V d"], problem: Problem, support: Support | N
         raise InputError("support", "must come from a top_k curvature of the same tokens.")
     used, position = torch.unique(support.rows, return_inverse=True)
     coefficient = -problem.advantages[:, None] * support.residual
-    gradient = scatter_gradient(
-        coefficient, problem.hidden.to(problem.dtype), position, used.shape[0]
-    )
+    hidden = problem.hidden.to(problem.dtype)
+    if into.dtype == hidden.dtype and scatters(used.shape[0], support.rows.shape[1]):
+        scatter_rows(
+            into, coefficient, hidden, support.rows
+        )  # no second tensor as large as the head
+        return
+    gradient = scatter_gradient(coefficient, hidden, position, used.shape[0])
     into.index_add_(0, used, gradient.to(into.dtype))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from capo.core.errors import InputError
@@ -39,15 +40,20 @@ def compute_statistics(
         raise InputError("impl", f"must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}.")
     if impl == "triton":
         triton_backend.require(problem)
+    wanted = impl == "triton" or (impl == "auto" and triton_backend.preferred(problem))
     # A given step is the same for every group: nothing to build.
     if group_ids is not None and not isinstance(problem.step, GivenStep):
-        return groups.compute(problem, group_ids)
+        plain = partial(groups.compute, problem, group_ids)
+        fused = partial(plain, fused=True)
+        if impl == "auto" and wanted:
+            return triton_backend.or_plain(fused, plain)
+        return fused() if wanted else plain()
     match impl:
         case "eager":
             return eager.compute(problem)
         case "triton":
             return triton_backend.compute(problem)
-        case "auto" if triton_backend.preferred(problem):
+        case "auto" if wanted:
             return triton_backend.compute_or_chunked(problem)
         case _:
             return chunked.compute(problem)

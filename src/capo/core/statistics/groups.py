@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from capo.core.statistics import chunked
-from capo.core.statistics.judged import judge_candidates
+from capo.core.statistics import chunked, triton_backend, triton_launch
+from capo.core.statistics.judged import Candidates, Sampled, judge_candidates
 from capo.core.statistics.options import current
 from capo.core.statistics.projection import gathered_product, gradient_scale
 from capo.core.statistics.result import Statistics
@@ -25,13 +25,16 @@ if TYPE_CHECKING:
     from capo.core.statistics.problem import Problem
 
 
-def compute(problem: Problem, groups: Int[Tensor, "N"]) -> Statistics:
+def compute(problem: Problem, groups: Int[Tensor, "N"], *, fused: bool = False) -> Statistics:
     """Per-token statistics of each token under its group's step, in the order of the tokens.
 
     Args:
         problem: the tokens.
         groups: ``[N]`` group of each token, any integers.
+        fused: find the judged rows and read the step with the Triton kernels (``top_k`` only; float64
+            never is).
     """
+    fused = fused and problem.dtype != torch.float64
     order = torch.argsort(groups, stable=True)
     sizes = torch.unique_consecutive(groups[order], return_counts=True)[1].tolist()
     parts = []
@@ -41,8 +44,11 @@ def compute(problem: Problem, groups: Int[Tensor, "N"]) -> Statistics:
             hidden=problem.hidden[index],
             token_ids=problem.token_ids[index],
             advantages=problem.advantages[index],
-        ).chunk(slice(None))
-        parts.append(_judge_rows(group) if problem.top_k is not None else _judge_all(group))
+        )
+        if problem.top_k is None:
+            parts.append(_judge_all(group.chunk(slice(None))))
+        else:
+            parts.append(_judge_rows(group, fused))
     return Statistics.concatenate(parts).reorder(torch.argsort(order))
 
 
@@ -66,29 +72,59 @@ def _judge_all(group: Problem) -> Statistics:
     return accumulator.statistics()
 
 
-def _judge_rows(group: Problem) -> Statistics:
+def _judge_rows(given: Problem, fused: bool) -> Statistics:
     """Judged rows only: the union of the tokens' sets."""
+    group = given.chunk(slice(None))  # in the compute dtype; the kernels read the given one
     h, step, head = group.hidden, group.step, group.head
-    n, size = h.shape[0], current().tokens(head.vocabulary)
-    found = [
-        chunked.find_rivals(group.chunk(slice(start, start + size))) for start in range(0, n, size)
-    ]
-    rest, sampled = chunked.join([(rest, sampled) for rest, sampled, _ in found])
-    candidates = chunked.join_candidates([c for *_, c in found])
+    n = h.shape[0]
 
     def project(
         coefficient: Float[Tensor, "n k"], rows: Int[Tensor, "n k"]
     ) -> Float[Tensor, "n k"]:
         used, position = torch.unique(rows, return_inverse=True)
-        gradient = scatter_gradient(coefficient, h, position, used.shape[0])
-        gradient *= -gradient_scale(step) / n
-        delta = step.of_gradient(gradient, head.weight[used].to(h.dtype), used)
+        delta = scatter_gradient(coefficient, h, position, used.shape[0])
+        delta *= -gradient_scale(step) / n
+        size = max(1, current().logit_buffer // h.shape[1])
+        for start in range(0, used.shape[0], size):  # in place: Δ is as large as the head
+            part = slice(start, start + size)
+            some = used[part]
+            delta[part] = step.of_gradient(delta[part], head.weight[some].to(h.dtype), some)
+        if fused:
+            return triton_launch.over_rows("product", given.hidden, position, first=delta)
         return gathered_product(delta, position, h)
 
-    return judge_candidates(group, sampled, candidates, rest.lse, rest.entropy, project)
+    found = triton_backend.rivals(given) if fused else _rivals(group)
+    return judge_candidates(group, *found, project)
+
+
+def _rivals(
+    group: Problem,
+) -> tuple[Sampled, Candidates, Float[Tensor, "n"], Float[Tensor, "n"]]:
+    n, size = group.hidden.shape[0], current().tokens(group.head.vocabulary)
+    found = [
+        chunked.find_rivals(group.chunk(slice(start, start + size))) for start in range(0, n, size)
+    ]
+    rest, sampled = chunked.join([(rest, sampled) for rest, sampled, _ in found])
+    return sampled, chunked.join_candidates([c for *_, c in found]), rest.lse, rest.entropy
 
 
 DENSE_ROWS = 16  # × K: below this many used rows one matmul beats scattered additions
+
+
+def scatters(rows: int, k: int) -> bool:
+    """Whether so many used rows are added to one by one."""
+    return rows > DENSE_ROWS * k
+
+
+def scatter_rows(
+    into: Float[Tensor, "R d"],
+    coefficient: Float[Tensor, "n k"],
+    hidden: Float[Tensor, "n d"],
+    position: Int[Tensor, "n k"],
+) -> None:
+    """``into[position[i, j]] += c_ij h_i``."""
+    for j in range(position.shape[1]):
+        into.index_add_(0, position[:, j], coefficient[:, j, None] * hidden)
 
 
 def scatter_gradient(
@@ -100,9 +136,8 @@ def scatter_gradient(
     """``Σ_i c_ij h_i`` added into row ``position[i, j]`` of ``rows`` used rows."""
     n, k = position.shape
     gradient = hidden.new_zeros(rows, hidden.shape[1])
-    if rows > DENSE_ROWS * k:
-        for j in range(k):
-            gradient.index_add_(0, position[:, j], coefficient[:, j, None] * hidden)
+    if scatters(rows, k):
+        scatter_rows(gradient, coefficient, hidden, position)
         return gradient
     size = max(1, current().logit_buffer // rows)
     for start in range(0, n, size):

@@ -37,6 +37,8 @@ from capo.core.statistics.triton_launch import Keys, Moved, over_rows
 from capo.core.steps import AdamStep, GivenStep, MomentumStep, SGDStep
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Float, Int
     from torch import Tensor
 
@@ -71,9 +73,14 @@ def preferred(problem: Problem) -> bool:
 
 
 def compute_or_chunked(problem: Problem) -> Statistics:
-    """What ``impl="auto"`` runs on a GPU: a broken tool chain must not end a training run."""
+    """What ``impl="auto"`` runs on a GPU."""
+    return or_plain(lambda: compute(problem), lambda: chunked.compute(problem))
+
+
+def or_plain(fused: Callable[[], Statistics], plain: Callable[[], Statistics]) -> Statistics:
+    """The fused statistics; a broken tool chain must not end a training run."""
     try:
-        return compute(problem)
+        return fused()
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -83,7 +90,7 @@ def compute_or_chunked(problem: Problem) -> Statistics:
             RuntimeWarning,
             stacklevel=2,
         )
-        return chunked.compute(problem)
+        return plain()
 
 
 def compute(problem: Problem) -> Statistics:
@@ -181,25 +188,28 @@ def _judge_top_k(p: Problem) -> Statistics:
     """Normaliser and rivals of a few tokens at a time, then the judged rows of many."""
     size = triton_launch.held_tokens(p.hidden, p.head)
     judged = size * max(1, JUDGED // size)
-    n, parts = p.token_ids.shape[0], []
-    for start in range(0, n, judged):
+    parts = []
+    for start in range(0, p.token_ids.shape[0], judged):
         part = _tokens(p, start, start + judged)
-        found = [
-            _find_rivals(_tokens(part, first, first + size))
-            for first in range(0, part.token_ids.shape[0], size)
-        ]
-        lse, entropy = (torch.cat(column) for column in zip(*(f[:2] for f in found), strict=True))
         parts.append(
-            judge_candidates(
-                part.chunk(slice(None)),
-                _sampled(part)[0],
-                chunked.join_candidates([f[2] for f in found]),
-                lse,
-                entropy,
-                partial(project_rows, part),
-            )
+            judge_candidates(part.chunk(slice(None)), *rivals(part), partial(project_rows, part))
         )
     return Statistics.concatenate(parts)
+
+
+def rivals(p: Problem) -> tuple[Sampled, Candidates, Float[Tensor, "N"], Float[Tensor, "N"]]:
+    """The sampled tokens, their likeliest rivals, and ``(lse, entropy)`` of the rest.
+
+    Args:
+        p: the tokens, hidden states in their own dtype; ``top_k`` is given.
+    """
+    size = triton_launch.held_tokens(p.hidden, p.head)
+    found = [
+        _find_rivals(_tokens(p, first, first + size))
+        for first in range(0, p.token_ids.shape[0], size)
+    ]
+    lse, entropy = (torch.cat(column) for column in zip(*(f[:2] for f in found), strict=True))
+    return _sampled(p)[0], chunked.join_candidates([f[2] for f in found]), lse, entropy
 
 
 def _tokens(p: Problem, start: int, stop: int) -> Problem:

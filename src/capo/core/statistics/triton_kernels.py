@@ -270,8 +270,10 @@ def rest_kernel(  # noqa: PLR0915 - one loop, its state in registers
         left_out = (v[None, :] == token[:, None]) | (v[None, :] >= V)
         if KEYS:
             key = tl.where(left_out, ABSENT, y * sign)
-            key_rows = keys + n_wide * (tiles.to(tl.int64) * BLOCK_V)
-            tl.store(key_rows[:, None] + v[None, :], key, mask=live_n[:, None])
+            # 32-bit offsets (held logits are few): 64-bit ones of a whole tile do not fit in registers.
+            tl.store(
+                keys + (n[:, None] * (tiles * BLOCK_V) + v[None, :]), key, mask=live_n[:, None]
+            )
             tl.store(maxima + n_wide * tiles + tile, tl.max(key, axis=1), mask=live_n)
         z, slope, curve = activate(y, inner, outer, scale, bend_scale, SOFTCAP)
         z = tl.where(left_out, ABSENT, z)

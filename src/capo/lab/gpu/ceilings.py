@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -38,10 +39,8 @@ def about() -> dict[str, Any]:
     on = device()
     facts["device"] = on.type
     try:
-        import triton
-
-        facts["triton"] = triton.__version__
-    except ImportError:
+        facts["triton"] = metadata.version("triton")
+    except metadata.PackageNotFoundError:
         facts["triton"] = None
     if on.type == "cuda":
         properties: Any = torch.cuda.get_device_properties(0)

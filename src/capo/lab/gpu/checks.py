@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -95,32 +97,49 @@ def worst(found: capo.TokenCurvature, exact: capo.TokenCurvature) -> float:
     return math.nan if any(map(math.isnan, values)) else max(values)
 
 
+KINDS = ("adam", "frozen", "momentum", "sgd", "given", "adam, 16-bit moments")
+
+
 def run(sizes: Sizes, record: Record) -> None:
     """Every step kind at every size; raises SystemExit where one is out of bounds."""
     red = []
-    kinds = ("sgd", "given", "momentum", "frozen", "adam", "adam, 16-bit moments")
     seed = int(torch.seed() % (1 << 31))
     record.add("seed", seed)
     record.add("bound", BOUND)
     dtypes = [torch.bfloat16] if sizes.scale == "quick" else [torch.bfloat16, torch.float32]
-    counts = sizes.check_tokens[-1:] if sizes.scale == "quick" else sizes.check_tokens
-    for dtype in dtypes:
-        for kind in kinds:
-            for tokens in counts:
-                given = problem(
-                    kind, tokens, sizes.check_vocabulary, sizes.check_width, dtype, seed + tokens
-                )
-                with poisoned():
-                    found = judge(given, "triton")
-                exact = judge({k: in_float64(v) for k, v in given.items()}, "eager")
-                off = worst(found, exact)
-                name = f"{kind}, {str(dtype).removeprefix('torch.')}, {tokens} tokens"
-                record.add(name, off)
-                if not off <= BOUND:
-                    red.append(name)
+    jobs = [(sizes, kind, dtype, seed) for dtype in dtypes for kind in KINDS]
+    for found in _each(jobs, workers=1 if sizes.scale == "tiny" else 6):
+        for name, off in found.items():
+            record.add(name, off)
+            if not off <= BOUND:
+                red.append(name)
     record.add("red", red)
     if red:
         raise SystemExit(f"out of bounds: {', '.join(red)}")
+
+
+def _each(jobs: list[Any], workers: int) -> Iterator[dict[str, float]]:
+    """Most of the time goes to the compiler, so that several processes share it."""
+    if workers == 1:
+        yield from map(_distance, jobs)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_distance, jobs)
+
+
+def _distance(job: tuple[Sizes, str, torch.dtype, int]) -> dict[str, float]:
+    sizes, kind, dtype, seed = job
+    out = {}
+    for tokens in sizes.check_tokens:
+        given = problem(
+            kind, tokens, sizes.check_vocabulary, sizes.check_width, dtype, seed + tokens
+        )
+        with poisoned():
+            found = judge(given, "triton")
+        exact = judge({k: in_float64(v) for k, v in given.items()}, "eager")
+        name = f"{kind}, {str(dtype).removeprefix('torch.')}, {tokens} tokens"
+        out[name] = worst(found, exact)
+    return out
 
 
 def judge(given: dict[str, Any], impl: str) -> capo.TokenCurvature:

@@ -26,7 +26,7 @@ from capo.lab.gpu.sizes import sizes_of
 from capo.lab.gpu.timing import Record
 
 SUITE = Path("tests/core/triton_suite.py")
-LIMITS = {"checks": 60, "suite": 100, "memory": 60, "core": 110, "step0": 100, "step1": 110}
+LIMITS = {"checks": 90, "suite": 120, "memory": 75, "core": 110, "step0": 100, "step1": 110}
 """Seconds a stage may take."""
 
 
@@ -83,7 +83,9 @@ class Stages:
     def stage(self, name: str) -> Job:
         """Start one of `capo.lab.gpu.stage`'s."""
         path = str(self.output / f"{name}.json")
-        return self.start(name, [sys.executable, "-m", "capo.lab.gpu.stage", name, self.scale, path])
+        return self.start(
+            name, [sys.executable, "-m", "capo.lab.gpu.stage", name, self.scale, path]
+        )
 
     def finish(self, job: Job, lines: int = 0) -> int:
         """Wait, and print the status and the end of the log (more of it where it failed)."""
@@ -122,7 +124,7 @@ class Stages:
         if not SUITE.exists() or find_spec("pytest") is None or find_spec("pytest_timeout") is None:
             return None
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        workers = min(14, (os.cpu_count() or 2) - 1)
+        workers = min(12, (os.cpu_count() or 2) - 1)
         if self.scale != "tiny" and find_spec("xdist") is not None and workers > 1:
             command += ["-n", str(workers)]
         command += ["-o", "filterwarnings=default", "--timeout=90", str(SUITE)]

@@ -62,7 +62,7 @@ class Bench:
         prompts = b // shape.generations
 
         def ids(*size: int) -> list[list[int]]:
-            return torch.randint(RESERVED, shape.vocabulary, size, generator=g).tolist()  # type: ignore[no-any-return]
+            return torch.randint(RESERVED, shape.vocabulary, size, generator=g).tolist()
 
         self._prompts, self._completions = ids(prompts, p), ids(b, t)
         self._rewards = torch.randn(b, generator=g).tolist()
@@ -182,8 +182,8 @@ class Turn:
     def take(self) -> dict[str, list[float]]:
         """Train a turn; milliseconds of its steps after the first, and of their parts."""
         self._steps.clear()
-        for spans in self._parts.values():
-            spans.clear()
+        for earlier in self._parts.values():
+            earlier.clear()
         self.trainer.train()
         self.clock.wait()
         spans = {"step": self._steps, **self._parts}

@@ -21,13 +21,13 @@ class Core:
     repeats: int = 20
     sweep: tuple[dict[str, int], ...] = (
         {},
-        {"held": 1 << 27},
-        {"held": 1 << 28},
-        {"rows": 256, "width": 64, "stages": 4},
-        {"rows": 128, "width": 64, "stages": 4, "held": 1 << 27},
-        {"rows": 128, "width": 128, "stages": 3, "held": 1 << 27},
-        {"tokens": 64, "rows": 256, "warps": 4, "held": 1 << 27},
+        {"rows": 128, "stages": 4},
+        {"rows": 128, "width": 128},
+        {"warps": 16},
+        {"stages": 4},
+        {"tokens": 64, "rows": 256, "stages": 4},
     )
+    held: tuple[int, ...] = (1 << 27, 1 << 28)  # logits held at a time, beside the table's
     sweep_tokens: int = 6144
 
 
@@ -98,7 +98,8 @@ def sizes_of(scale: str) -> Sizes:
             chunked_tokens=512,
             dict_tokens=64,
             repeats=3,
-            sweep=({}, {"held": 1 << 27}),
+            sweep=({}, {"rows": 128, "stages": 4}),
+            held=(1 << 27,),
             sweep_tokens=2048,
         )
         small = {"cycles": 1, "timed": 1}
@@ -116,6 +117,7 @@ def sizes_of(scale: str) -> Sizes:
         dict_tokens=8,
         repeats=2,
         sweep=({}, {"rows": 64}),
+        held=(1 << 12,),
         sweep_tokens=8,
     )
     policy = Policy("tiny Qwen2", 2, 32, 64, 4, 2, 200, False, 4, 8, 4, 2, cycles=1, timed=1)

@@ -45,7 +45,7 @@ class Clock:
         """A point in time."""
         if not self.cuda:
             return time.perf_counter()
-        event: Any = torch.cuda.Event(enable_timing=True)
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 

@@ -1,0 +1,112 @@
+"""``capo bench gpu``: the dry run that stands for a GPU, its red checks, and its table."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capo.lab.gpu import command
+from capo.lab.gpu.report import DRY, table, verdicts, write_report
+from capo.lab.gpu.step import summary
+from capo.lab.gpu.timing import Record, measure
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_the_script_dry_runs_from_checks_to_table(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="triton exists for Linux only")
+    environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", "--output", str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=850,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    records = {p.stem: json.loads(p.read_text()) for p in tmp_path.glob("*.json")}
+    assert records.keys() == {"verdict", "checks", "core", "step0"}
+    assert all(record["complete"] for record in records.values())
+    assert records["verdict"]["checks"] == records["verdict"]["suite"] == "green"
+    assert records["core"]["naive"]["tokens"] == 24
+    assert "trust region, deep" in records["step0"]["steps"]
+    page = (tmp_path / "README.md").read_text()
+    assert DRY in page
+    assert DRY in done.stdout
+
+
+def test_a_red_check_takes_no_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stage(self: command.Stages, name: str) -> command.Job:
+        assert name == "checks", "something was timed"
+        return self.start(name, [sys.executable, "-c", "raise SystemExit('out of bounds: sgd')"])
+
+    monkeypatch.setattr(command.Stages, "stage", stage)
+    monkeypatch.setattr(command.Stages, "_suite", lambda self: None)
+    assert command.run("tiny", tmp_path) == 1
+    said = capsys.readouterr().out
+    assert "out of bounds: sgd" in said
+    assert "no figure was taken" in said
+    assert json.loads((tmp_path / "verdict.json").read_text())["checks"] == "red (exit 1)"
+
+
+def test_a_stage_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(command.LIMITS, "core", 0.1)
+    stages = command.Stages("full", tmp_path)
+    job = stages.start("core", [sys.executable, "-c", "import time; time.sleep(60)"])
+    assert stages.finish(job) == 124
+
+
+def test_a_record_is_on_disk_before_its_stage_ends(tmp_path: Path) -> None:
+    record = Record(tmp_path / "core.json", stage="core")
+    record.add("core", measure(lambda: None, 3))
+    record.fail("naive", RuntimeError("out of memory"))
+    found = json.loads((tmp_path / "core.json").read_text())
+    assert found["core"]["repeats"] == 3
+    assert not found["complete"]
+    record.finish()
+    assert not json.loads((tmp_path / "core.json").read_text())["complete"]
+    write_report(tmp_path)
+    assert "failed: RuntimeError: out of memory" in table(tmp_path)
+
+
+def test_an_overhead_is_over_the_turns_around_it() -> None:
+    def turn(ms: float) -> dict[str, Any]:
+        return {"step": [ms, ms], "peak_mb": 1.0}
+
+    raw = [
+        {
+            "name": "x",
+            "before": turn(100.0),
+            "now": turn(110.0) | {"judge": [5.0]},
+            "after": turn(120.0),
+        },
+        {"name": "x", "before": turn(200.0), "now": turn(204.0), "after": turn(200.0)},
+        {"name": "x", "before": turn(100.0), "now": turn(103.0), "after": turn(100.0)},
+    ]
+    found = summary(raw)["x"]
+    assert found["overheads"] == pytest.approx([0.0, 0.02, 0.03])
+    assert found["overhead"] == pytest.approx(0.02)
+
+
+def test_verdicts_are_by_what_was_asked() -> None:
+    step = {"overhead": 0.02, "step_ms": 1.0}
+    records: dict[str, Any] = {
+        "core": {"naive": {"times_slower": 7.0, "times_memory": 40.0, "tokens": 8}},
+        "step0": {"policy": {"name": "Q"}, "steps": {"CAPO": step, "GRPO again": step}},
+    }
+    lines = verdicts(records)
+    assert "**met** (7.0 ×" in lines[0]
+    assert "**not met** (1/40)" in lines[1]
+    assert "**not met** (+2.0%)" in lines[2]
+    assert "noise" in lines[3]
