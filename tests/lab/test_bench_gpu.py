@@ -81,32 +81,46 @@ def test_a_record_is_on_disk_before_its_stage_ends(tmp_path: Path) -> None:
 
 
 def test_an_overhead_is_over_the_turns_around_it() -> None:
-    def turn(ms: float) -> dict[str, Any]:
-        return {"step": [ms, ms], "peak_mb": 1.0}
+    def turn(name: str, ms: float, **parts: list[float]) -> dict[str, Any]:
+        return {"name": name, "cycle": 0, "ms": {"step": [ms, ms], **parts}, "peak_mb": 1.0}
 
     raw = [
-        {
-            "name": "x",
-            "before": turn(100.0),
-            "now": turn(110.0) | {"judge": [5.0]},
-            "after": turn(120.0),
-        },
-        {"name": "x", "before": turn(200.0), "now": turn(204.0), "after": turn(200.0)},
-        {"name": "x", "before": turn(100.0), "now": turn(103.0), "after": turn(100.0)},
+        turn("GRPO", 100.0),
+        turn("x", 110.0, judge=[5.0]),
+        turn("y", 132.0),
+        turn("GRPO", 120.0),
+        turn("x", 126.0),
+        turn("GRPO", 120.0),
     ]
-    found = summary(raw)["x"]
-    assert found["overheads"] == pytest.approx([0.0, 0.02, 0.03])
-    assert found["overhead"] == pytest.approx(0.02)
+    found = summary(raw)
+    assert found["x"]["overheads"] == pytest.approx([0.0, 0.05])
+    assert found["x"]["parts_of_a_plain_step"] == {"judge": pytest.approx(5.0 / 120.0)}
+    assert found["y"]["overhead"] == pytest.approx(0.2)
+    assert found["GRPO"]["overheads"] == pytest.approx([0.2, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("status", "log", "verdict"),
+    [
+        (0, "small: done\n========= ERROR SUMMARY: 0 errors", "green"),
+        (9, "========= ERROR SUMMARY: 3 errors", "red (3 errors, exit 9)"),
+        (1, "Traceback\n========= ERROR SUMMARY: 0 errors", "red (0 errors, exit 1)"),
+        (1, "Device not supported", "not run: compute-sanitizer stopped (exit 1)"),
+        (124, "", "not run: not finished in time"),
+    ],
+)
+def test_only_what_the_memory_checker_found_is_red(status: int, log: str, verdict: str) -> None:
+    assert command._memory_verdict(status, log) == verdict
 
 
 def test_verdicts_are_by_what_was_asked() -> None:
-    step = {"overhead": 0.02, "step_ms": 1.0}
+    step = {"overhead": 0.02, "overheads": [0.02], "step_ms": 1.0}
     records: dict[str, Any] = {
         "core": {"naive": {"times_slower": 7.0, "times_memory": 40.0, "tokens": 8}},
-        "step0": {"policy": {"name": "Q"}, "steps": {"CAPO": step, "GRPO again": step}},
+        "step0": {"policy": {"name": "Q"}, "steps": {"CAPO": step, "GRPO": step}},
     }
     lines = verdicts(records)
     assert "**met** (7.0 ×" in lines[0]
     assert "**not met** (1/40)" in lines[1]
-    assert "**not met** (+2.0%)" in lines[2]
+    assert "**not met** (+2.00%)" in lines[2]
     assert "noise" in lines[3]

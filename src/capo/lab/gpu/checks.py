@@ -24,6 +24,8 @@ from capo.lab.gpu.timing import Record, device
 
 FIELDS = ("objective_shift", "policy_shift", "log_prob", "entropy", "s", "variance")
 BOUND = 1e-4
+OTHER_ROWS = 0.02
+"""Share of the tokens whose last judged row may be another: float32 breaks near-ties as it likes."""
 
 
 @contextmanager
@@ -83,18 +85,29 @@ def problem(
 
 
 def distances(found: capo.TokenCurvature, exact: capo.TokenCurvature) -> dict[str, float]:
-    """``‖found − exact‖ / ‖exact‖`` of every field."""
+    """``‖found − exact‖ / ‖exact‖`` of every field.
+
+    With ``top_k`` over the tokens whose judged rows are the same: float32 may break a near-tie for the last
+    row otherwise, which is no error. ``"other rows"`` is the share of those that are left out.
+    """
+    ours_of, theirs_of = ({n: getattr(c, n).double() for n in FIELDS} for c in (found, exact))
     out = {}
+    if found.support is not None and exact.support is not None:
+        rows = [c.support.rows.sort(dim=1).values for c in (found, exact) if c.support is not None]
+        same = (rows[0] == rows[1]).all(dim=1)
+        out["other rows"] = 1.0 - float(same.double().mean())
+        ours_of, theirs_of = ({n: x[same] for n, x in of.items()} for of in (ours_of, theirs_of))
     for name in FIELDS:
-        ours, theirs = getattr(found, name).double(), getattr(exact, name).double()
+        ours, theirs = ours_of[name], theirs_of[name]
         out[name] = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-300))
     return out
 
 
-def worst(found: capo.TokenCurvature, exact: capo.TokenCurvature) -> float:
-    """The largest of them; NaN where one is."""
-    values = list(distances(found, exact).values())
-    return math.nan if any(map(math.isnan, values)) else max(values)
+def is_red(off: dict[str, float]) -> bool:
+    """Whether a distance is out of bounds; NaN always is."""
+    return not all(
+        value <= (OTHER_ROWS if name == "other rows" else BOUND) for name, value in off.items()
+    )
 
 
 KINDS = ("adam", "frozen", "momentum", "sgd", "given", "adam, 16-bit moments")
@@ -111,14 +124,14 @@ def run(sizes: Sizes, record: Record) -> None:
     for found in _each(jobs, workers=1 if sizes.scale == "tiny" else 6):
         for name, off in found.items():
             record.add(name, off)
-            if not off <= BOUND:
+            if is_red(off):
                 red.append(name)
     record.add("red", red)
     if red:
         raise SystemExit(f"out of bounds: {', '.join(red)}")
 
 
-def _each(jobs: list[Any], workers: int) -> Iterator[dict[str, float]]:
+def _each(jobs: list[Any], workers: int) -> Iterator[dict[str, dict[str, float]]]:
     """Most of the time goes to the compiler, so that several processes share it."""
     if workers == 1:
         yield from map(_distance, jobs)
@@ -127,7 +140,7 @@ def _each(jobs: list[Any], workers: int) -> Iterator[dict[str, float]]:
         yield from pool.map(_distance, jobs)
 
 
-def _distance(job: tuple[Sizes, str, torch.dtype, int]) -> dict[str, float]:
+def _distance(job: tuple[Sizes, str, torch.dtype, int]) -> dict[str, dict[str, float]]:
     sizes, kind, dtype, seed = job
     out = {}
     for tokens in sizes.check_tokens:
@@ -138,7 +151,7 @@ def _distance(job: tuple[Sizes, str, torch.dtype, int]) -> dict[str, float]:
             found = judge(given, "triton")
         exact = judge({k: in_float64(v) for k, v in given.items()}, "eager")
         name = f"{kind}, {str(dtype).removeprefix('torch.')}, {tokens} tokens"
-        out[name] = worst(found, exact)
+        out[name] = distances(found, exact)
     return out
 
 

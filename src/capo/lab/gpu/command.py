@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from capo.lab.gpu.sizes import sizes_of
 from capo.lab.gpu.timing import Record
 
 SUITE = Path("tests/core/triton_suite.py")
-LIMITS = {"checks": 90, "suite": 120, "memory": 75, "core": 110, "step0": 100, "step1": 110}
+LIMITS = {"checks": 90, "suite": 120, "memory": 60, "core": 100, "step0": 90, "step1": 110}
 """Seconds a stage may take."""
 
 
@@ -113,7 +114,9 @@ class Stages:
             verdict["memory checker"] = "not run: no GPU"
         elif memory is not None:
             status = self.finish(memory, 3)
-            verdict["memory checker"] = "not finished in time" if status == 124 else _said(status)
+            verdict["memory checker"] = _memory_verdict(
+                status, memory.log.read_text(errors="replace")
+            )
         for name, value in verdict.items():
             record.add(name, value)
         record.finish()
@@ -140,10 +143,28 @@ class Stages:
         checker = shutil.which("compute-sanitizer") or _cuda_binary("compute-sanitizer")
         if self.scale == "tiny" or checker is None:
             return None
-        command = [checker, "--tool", "memcheck", "--error-exit-code", "9"]
+        command = [
+            checker,
+            "--tool",
+            "memcheck",
+            "--report-api-errors",
+            "no",
+            "--error-exitcode",
+            "9",
+        ]
         stage = [sys.executable, "-m", "capo.lab.gpu.stage", "small", self.scale, "-"]
         # Without torch's cache every tensor is an allocation of its own, which the checker can tell apart.
         return self.start("memory", [*command, *stage], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
+def _memory_verdict(status: int, log: str) -> str:
+    """Only what the checker itself found is red: that it is slow or does not run here says nothing."""
+    found = re.search(r"ERROR SUMMARY: (\d+) error", log)
+    if status == 124:
+        return "not run: not finished in time"
+    if found is None:
+        return f"not run: compute-sanitizer stopped (exit {status})"
+    return "green" if found[1] == "0" and status == 0 else f"red ({found[1]} errors, exit {status})"
 
 
 def _said(status: int) -> str:
@@ -164,7 +185,12 @@ def run(scale: str, output: Path, only: list[str] | None = None) -> int:
     if "checks" in chosen and not stages.check():
         print("A check is red: no figure was taken.", flush=True)
         return 1
-    failed = [name for name in names if name in chosen and stages.finish(stages.stage(name), 30)]
+    chosen = [name for name in names if name in chosen]
+    if scale == "quick":  # a trial: no figure counts, so that all stages may run at once
+        started = [stages.stage(name) for name in chosen]
+        failed = [job.name for job in started if stages.finish(job, 30)]
+    else:
+        failed = [name for name in chosen if stages.finish(stages.stage(name), 30)]
     write_report(output)
     print(f"\n{table(output)}\n\nwritten to {output}", flush=True)
     return 1 if failed else 0

@@ -2,22 +2,23 @@
 
 The update step is forward, loss, backward and optimizer; completions are given, so that generation is in
 no figure. Trainers share one model and one optimizer and take turns; a ratio is of a turn to the turns of
-plain GRPO before and after it.
+plain GRPO before and after it, and of two turns of plain GRPO that follow each other for the noise.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 import warnings
 from typing import Any
 
 import torch
 
 from capo.lab.gpu.policy import Bench, Turn
+from capo.lab.gpu.report import PLAIN
 from capo.lab.gpu.sizes import Policy
 from capo.lab.gpu.timing import MEGABYTE, Record, release
 
-PLAIN = "GRPO"
 VARIANTS: dict[str, dict[str, Any]] = {
     "CAPO, simulated moments": {"selection": "capo", "trust_region": None},
     "CAPO, the optimizer's moments": {
@@ -28,12 +29,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "trust region, default (measured)": {"trust_region": "auto"},
     "trust region, head": {"trust_region": {"predictor": "head"}},
     "trust region, deep": {"trust_region": {"predictor": "deep"}},
-    "GRPO again": {},
 }
+AFTER = 2  # variants between two turns of plain GRPO
 
 
 def run(shape: Policy, record: Record) -> None:
-    """Cycle after cycle; what is known is written after each."""
+    """Cycle after cycle; what is known is written after each turn."""
+    started = time.monotonic()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     bench = Bench(shape)
@@ -44,66 +46,73 @@ def run(shape: Policy, record: Record) -> None:
     raw: list[dict[str, Any]] = []
     dead: set[str] = set()
     for cycle in range(shape.cycles):
-        before = _take(turns[PLAIN])
-        for name, settings in VARIANTS.items():
+        if cycle and time.monotonic() - started > shape.seconds:
+            break
+        for index, (name, settings) in enumerate(VARIANTS.items()):
+            if index % AFTER == 0:
+                raw.append(_take(PLAIN, turns[PLAIN], cycle))
             if name in dead:
                 continue
             try:
                 if name not in turns:
                     turns[name] = Turn(bench.trainer(**settings), bench.clock)
                     turns[name].take()  # compiles
-                now = _take(turns[name])
+                raw.append(_take(name, turns[name], cycle))
             except Exception as error:
                 dead.add(name)
                 turns.pop(name, None)
                 record.fail(name, error)
                 bench.optimizer.zero_grad(set_to_none=True)
                 release()
-                continue
-            after = _take(turns[PLAIN])
-            raw.append({"name": name, "cycle": cycle, "before": before, "now": now, "after": after})
-            before = after
-            record.add("raw", raw, quiet=True)
-            record.add("steps", steps := summary(raw), quiet=True)
-            print(f"  cycle {cycle}: {name}: {100 * steps[name]['overhead']:+.1f} %", flush=True)
+        raw.append(_take(PLAIN, turns[PLAIN], cycle))
+        record.add("raw", raw, quiet=True)
+        record.add("steps", steps := summary(raw), quiet=True)
+        for name, step in steps.items():
+            print(f"  cycle {cycle}: {name}: {100 * step['overhead']:+.2f} %", flush=True)
 
 
-def _take(turn: Turn) -> dict[str, Any]:
+def _take(name: str, turn: Turn, cycle: int) -> dict[str, Any]:
     release()
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    found: dict[str, Any] = dict(turn.take())
+    found: dict[str, Any] = {"name": name, "cycle": cycle, "ms": turn.take()}
     found["peak_mb"] = torch.cuda.max_memory_allocated() / MEGABYTE if cuda else None
     return found
 
 
 def summary(raw: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Medians, and the overhead over the turns of plain GRPO around each."""
+    """Medians, and each variant's overhead over the turns of plain GRPO around it.
+
+    Plain GRPO's own is what its turns differ by from the one before: the noise.
+
+    Args:
+        raw: turns in their order: ``name``, ``ms`` of the steps and of their parts, ``peak_mb``.
+    """
+    plain = [i for i, turn in enumerate(raw) if turn["name"] == PLAIN]
+    level = {i: statistics.median(raw[i]["ms"]["step"]) for i in plain}
+    base = statistics.median(ms for i in plain for ms in raw[i]["ms"]["step"])
     out: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(turn["name"] for turn in raw):
-        mine = [turn for turn in raw if turn["name"] == name]
-        ratios = [
-            statistics.median(t["now"]["step"])
-            / statistics.fmean(statistics.median(t[side]["step"]) for side in ("before", "after"))
-            for t in mine
-        ]
-        steps = [ms for t in mine for ms in t["now"]["step"]]
-        plain = [ms for t in mine for side in ("before", "after") for ms in t[side]["step"]]
-        base = statistics.median(plain)
+        at = [i for i, turn in enumerate(raw) if turn["name"] == name]
+        ratios = []
+        for i in at:
+            sides = [[j for j in plain if j < i][-1:], [j for j in plain if j > i][:1]]
+            around = [level[j] for side in sides[: 1 if name == PLAIN else 2] for j in side]
+            if around:
+                ratios.append(statistics.median(raw[i]["ms"]["step"]) / statistics.fmean(around))
         parts = {
-            part: statistics.median(ms for t in mine for ms in t["now"].get(part, [])) / base
-            for part in dict.fromkeys(key for t in mine for key in t["now"])
-            if part not in ("step", "peak_mb")
+            part: statistics.median(ms for i in at for ms in raw[i]["ms"].get(part, [])) / base
+            for part in dict.fromkeys(key for i in at for key in raw[i]["ms"])
+            if part != "step"
         }
+        steps = [ms for i in at for ms in raw[i]["ms"]["step"]]
         out[name] = {
-            "plain_ms": base,
             "step_ms": statistics.median(steps),
-            "overhead": statistics.median(ratios) - 1.0,
+            "overhead": statistics.median(ratios) - 1.0 if ratios else 0.0,
             "overheads": [ratio - 1.0 for ratio in ratios],
             "steps": len(steps),
-            "peak_mb": mine[-1]["now"]["peak_mb"],
-            "plain_peak_mb": mine[-1]["after"]["peak_mb"],
+            "peak_mb": raw[at[-1]]["peak_mb"],
             "parts_of_a_plain_step": parts,
         }
     return out
