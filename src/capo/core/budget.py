@@ -100,7 +100,7 @@ def interaction(
         overlap = h.new_zeros(n, n)
         offset = h.new_zeros(n)
         nothing = h.new_zeros(1, h.shape[1])
-        for block in chunked.vocabulary_blocks(head.vocabulary):
+        for block in chunked.vocabulary_blocks(head):
             residual = accumulator.coefficient(head.activate(head.raw(h, block)), block)  # D w / T
             overlap.addmm_(residual, residual.T)
             weight = head.weight[block].to(h.dtype)

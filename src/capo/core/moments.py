@@ -244,11 +244,11 @@ def _add_rows(into: Float[Tensor, "V d"], problem: Problem, support: Support | N
 
 def _add_full(into: Float[Tensor, "V d"], problem: Problem) -> None:
     vocabulary = problem.head.vocabulary
-    size = current().held_tokens(vocabulary)
+    size = current(problem.hidden.device).held_tokens(vocabulary)
     for start in range(0, problem.token_ids.shape[0], size):
         chunk = problem.chunk(slice(start, start + size))
         held = chunk.hidden.new_empty(chunk.hidden.shape[0], vocabulary)
         accumulator = chunked.ValueAccumulator(chunk, *chunked.normalise(chunk, held))
-        for block in chunked.vocabulary_blocks(vocabulary):
+        for block in chunked.vocabulary_blocks(chunk.head):
             coefficient = accumulator.coefficient(chunk.head.activate(held[:, block]), block)
             into[block] -= (coefficient.T @ chunk.hidden).to(into.dtype)

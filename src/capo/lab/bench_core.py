@@ -161,7 +161,7 @@ def dict_of_rows(given: Given, m: dict[int, Tensor], v: dict[int, Tensor]) -> Te
 def log_prob_and_entropy(problem: Problem) -> Tensor:
     """The pass that every trainer makes anyway: chunked log-probability and entropy."""
     out = []
-    size = current().tokens(problem.head.vocabulary)
+    size = current(problem.hidden.device).tokens(problem.head.vocabulary)
     for start in range(0, problem.token_ids.shape[0], size):
         rest, sampled = chunked.normalise(problem.chunk(slice(start, start + size)))
         out.append(sampled.z - rest.lse)
@@ -271,7 +271,7 @@ def bench_end_to_end(sizes: Sizes) -> list[Measurement]:
 
 def _logits_only(p: Problem) -> Tensor:
     total = p.hidden.new_zeros(p.hidden.shape[0])
-    for block in chunked.vocabulary_blocks(p.head.vocabulary):
+    for block in chunked.vocabulary_blocks(p.head):
         total += p.head.raw(p.hidden, block)[:, 0]
     return total
 

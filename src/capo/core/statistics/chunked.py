@@ -50,7 +50,8 @@ if TYPE_CHECKING:
 
 def compute(problem: Problem) -> Statistics:
     """Per-token statistics, one token chunk at a time."""
-    step, sizes, vocabulary = problem.step, current(), problem.head.vocabulary
+    step, vocabulary = problem.step, problem.head.vocabulary
+    sizes = current(problem.hidden.device)
     one_pass = isinstance(step, GivenStep) or (isinstance(step, SGDStep) and not step.weight_decay)
     if problem.top_k is not None:
         judge, size = _judge_top_k, sizes.tokens(vocabulary)
@@ -63,9 +64,9 @@ def compute(problem: Problem) -> Statistics:
     return Statistics.concatenate([judge(chunk) for chunk in chunks])
 
 
-def vocabulary_blocks(vocabulary: int, within: slice | None = None) -> Iterator[slice]:
+def vocabulary_blocks(head: Head, within: slice | None = None) -> Iterator[slice]:
     """Contiguous row blocks of ``vocab_chunk`` rows."""
-    size, first, last = current().vocab_chunk, 0, vocabulary
+    size, first, last = current(head.weight.device).vocab_chunk, 0, head.vocabulary
     if within is not None:
         first, last = within.start, within.stop
     for start in range(first, last, size):
@@ -99,7 +100,7 @@ def _judge_one_pass(chunk: Problem) -> Statistics:
     head, step, h = chunk.head, chunk.step, chunk.hidden
     rest = Rest.empty(h[:, 0], degree=1 if isinstance(step, SGDStep) else 0)
     gatherer = _SampledGatherer(h[:, 0])
-    for block in vocabulary_blocks(head.vocabulary):
+    for block in vocabulary_blocks(head):
         act = head.activate(head.raw(h, block))
         position, present = locate(chunk.token_ids, block)
         gatherer.take(act, position, present)
@@ -150,7 +151,7 @@ def normalise(chunk: Problem, held: Float[Tensor, "n V"] | None = None) -> tuple
     head, h = chunk.head, chunk.hidden
     rest = Rest.empty(h[:, 0])
     gatherer = _SampledGatherer(h[:, 0])
-    for block in vocabulary_blocks(head.vocabulary):
+    for block in vocabulary_blocks(head):
         y = head.raw(h, block)
         if held is not None:
             held[:, block] = y
@@ -204,7 +205,7 @@ def _judge_held(chunk: Problem) -> Statistics:
     head, h = chunk.head, chunk.hidden
     held = h.new_empty(h.shape[0], head.vocabulary)
     accumulator = ValueAccumulator(chunk, *normalise(chunk, held))
-    for block in vocabulary_blocks(head.vocabulary):
+    for block in vocabulary_blocks(head):
         act = head.activate(held[:, block])
         coefficient = accumulator.coefficient(act, block)
         q = project_block(chunk.step, h, coefficient, head.weight, block)
@@ -251,9 +252,9 @@ def find_rivals(chunk: Problem) -> tuple[Rest, Sampled, Candidates]:
     left_out = torch.full_like(h[:, 0], -torch.inf)
     # φ is increasing, so the largest raw logits are the largest logits.
     rivals = RunningTopK(h[:, 0], chunk.top_k - 1, descending=head.scale >= 0)
-    for stretch in _stretches(head.vocabulary, h.shape[0]):
+    for stretch in _stretches(head, h.shape[0]):
         held = h.new_empty(h.shape[0], stretch.stop - stretch.start)
-        for block in vocabulary_blocks(head.vocabulary, within=stretch):
+        for block in vocabulary_blocks(head, within=stretch):
             y = head.raw(h, block)
             held[:, block.start - stretch.start : block.stop - stretch.start] = y
             act = head.activate(y)
@@ -271,12 +272,12 @@ def find_rivals(chunk: Problem) -> tuple[Rest, Sampled, Candidates]:
     return rest, gatherer.sampled(), Candidates(*rivals.result(), left_out)
 
 
-def _stretches(vocabulary: int, tokens: int) -> Iterator[slice]:
+def _stretches(head: Head, tokens: int) -> Iterator[slice]:
     """Runs of whole vocabulary blocks whose logits fit into ``logit_buffer``."""
-    block = current().vocab_chunk
-    size = max(1, current().logit_buffer // (tokens * block)) * block
-    for start in range(0, vocabulary, size):
-        yield slice(start, min(start + size, vocabulary))
+    sizes = current(head.weight.device)
+    size = max(1, sizes.logit_buffer // (tokens * sizes.vocab_chunk)) * sizes.vocab_chunk
+    for start in range(0, head.vocabulary, size):
+        yield slice(start, min(start + size, head.vocabulary))
 
 
 def _lse_of_rivals(head: Head, y: Float[Tensor, "n e"]) -> Float[Tensor, "n"]:

@@ -76,7 +76,7 @@ def adam_rows(
         if fused is not None:
             return fused
     out = hidden.new_empty(n, k)
-    for part in current().pieces(n, k * d):
+    for part in current(hidden.device).pieces(n, k * d):
         out[part] = _piece(
             hidden[part], coefficient[part], exp_avg, exp_avg_sq, rows[part], scalars
         )
@@ -110,7 +110,7 @@ def adam_without_moments(
     """The first step: ``Σ_j h_j b x / (√(1−β₂) |x| + ε̃)``."""
     n, k = coefficient.shape
     out = hidden.new_empty(n, k)
-    for part in current().pieces(n, k * hidden.shape[1]):
+    for part in current(hidden.device).pieces(n, k * hidden.shape[1]):
         x = coefficient[part, :, None] * hidden[part, None, :]
         update = x / (x.abs().mul_(scalars.new**0.5).add_(scalars.eps))
         out[part] = torch.bmm(update, hidden[part, :, None])[:, :, 0]
@@ -161,7 +161,7 @@ _broken: list[str] = []
 
 def pays(work: int, device: torch.device) -> bool:
     """Whether to fuse a call over that many elements."""
-    wanted = current().compile
+    wanted = current(device).compile
     if wanted is not None:
         return wanted and not _broken
     if _broken or work < WORTH_COMPILING or device.type not in ("cpu", "cuda"):

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-    from capo.core.statistics.problem import Problem
+    from capo.core.statistics.problem import Head, Problem
+    from capo.core.steps import Step
 
 
 def compute(problem: Problem, groups: Int[Tensor, "N"], *, fused: bool = False) -> Statistics:
@@ -55,13 +56,14 @@ def compute(problem: Problem, groups: Int[Tensor, "N"], *, fused: bool = False) 
 def _judge_all(group: Problem) -> Statistics:
     """Full vocabulary: gradient, step and values of one block of rows after the other."""
     head, h, step = group.head, group.hidden, group.step
-    n, size = h.shape[0], current().tokens(head.vocabulary)
+    sizes = current(h.device)
+    n, size = h.shape[0], sizes.tokens(head.vocabulary)
     pieces = [
         chunked.normalise(group.chunk(slice(start, start + size))) for start in range(0, n, size)
     ]
     rest, sampled = chunked.join(pieces)
     accumulator = chunked.ValueAccumulator(group, rest, sampled)
-    rows = max(1, min(current().vocab_chunk, current().logit_buffer // n))
+    rows = max(1, min(sizes.vocab_chunk, sizes.logit_buffer // n))
     for start in range(0, head.vocabulary, rows):
         block = slice(start, min(start + rows, head.vocabulary))
         act = head.activate(head.raw(h, block))
@@ -75,32 +77,61 @@ def _judge_all(group: Problem) -> Statistics:
 def _judge_rows(given: Problem, fused: bool) -> Statistics:
     """Judged rows only: the union of the tokens' sets."""
     group = given.chunk(slice(None))  # in the compute dtype; the kernels read the given one
-    h, step, head = group.hidden, group.step, group.head
-    n = h.shape[0]
 
     def project(
         coefficient: Float[Tensor, "n k"], rows: Int[Tensor, "n k"]
     ) -> Float[Tensor, "n k"]:
-        used, position = torch.unique(rows, return_inverse=True)
-        delta = scatter_gradient(coefficient, h, position, used.shape[0])
-        delta *= -gradient_scale(step) / n
-        size = max(1, current().logit_buffer // h.shape[1])
-        for start in range(0, used.shape[0], size):  # in place: Δ is as large as the head
-            part = slice(start, start + size)
-            some = used[part]
-            delta[part] = step.of_gradient(delta[part], head.weight[some].to(h.dtype), some)
-        if fused:
-            return triton_launch.over_rows("product", given.hidden, position, first=delta)
-        return gathered_product(delta, position, h)
+        delta, position = step_on_rows(group.step, group.head, group.hidden, coefficient, rows)
+        return product_of_rows(delta, position, given.hidden, given.dtype, fused=fused)
 
     found = triton_backend.rivals(given) if fused else _rivals(group)
     return judge_candidates(group, *found, project)
 
 
+def step_on_rows(
+    step: Step,
+    head: Head,
+    hidden: Float[Tensor, "n d"],
+    coefficient: Float[Tensor, "n k"],
+    rows: Int[Tensor, "n k"],
+) -> tuple[Float[Tensor, "R d"], Int[Tensor, "n k"]]:
+    """The step of the tokens' mean gradient on the rows that occur, and each token's rows among these.
+
+    Args:
+        hidden: in the compute dtype.
+        coefficient: ascent-gradient coefficients ``A (D w)_k / T``.
+        rows: their vocabulary rows.
+    """
+    used, position = torch.unique(rows, return_inverse=True)
+    delta = scatter_gradient(coefficient, hidden, position, used.shape[0])
+    delta *= -gradient_scale(step) / hidden.shape[0]
+    size = max(1, current(hidden.device).logit_buffer // hidden.shape[1])
+    for start in range(0, used.shape[0], size):  # in place: Δ is as large as the head
+        part = slice(start, start + size)
+        some = used[part]
+        delta[part] = step.of_gradient(delta[part], head.weight[some].to(hidden.dtype), some)
+    return delta, position
+
+
+def product_of_rows(
+    delta: Float[Tensor, "R d"],
+    position: Int[Tensor, "n k"],
+    hidden: Float[Tensor, "n d"],
+    dtype: torch.dtype,
+    *,
+    fused: bool,
+) -> Float[Tensor, "n k"]:
+    """``delta[position[i, j]] · h_i``; fused by the kernels, which read ``hidden`` as it is."""
+    if fused:
+        return triton_launch.over_rows("product", hidden, position, first=delta)
+    return gathered_product(delta, position, hidden.to(dtype))
+
+
 def _rivals(
     group: Problem,
 ) -> tuple[Sampled, Candidates, Float[Tensor, "n"], Float[Tensor, "n"]]:
-    n, size = group.hidden.shape[0], current().tokens(group.head.vocabulary)
+    n = group.hidden.shape[0]
+    size = current(group.hidden.device).tokens(group.head.vocabulary)
     found = [
         chunked.find_rivals(group.chunk(slice(start, start + size))) for start in range(0, n, size)
     ]
@@ -139,7 +170,7 @@ def scatter_gradient(
     if scatters(rows, k):
         scatter_rows(gradient, coefficient, hidden, position)
         return gradient
-    size = max(1, current().logit_buffer // rows)
+    size = max(1, current(hidden.device).logit_buffer // rows)
     for start in range(0, n, size):
         part = slice(start, start + size)
         dense = hidden.new_zeros(hidden[part].shape[0], rows)

@@ -126,7 +126,7 @@ def gathered_product(
     """``matrix[rows[i, j]] · h_i``, gathering a few tokens' rows at a time."""
     n, k = rows.shape
     out = hidden.new_empty(n, k)
-    for part in current().pieces(n, k * hidden.shape[1]):
+    for part in current(hidden.device).pieces(n, k * hidden.shape[1]):
         picked = matrix[rows[part]].to(hidden.dtype)  # [m, k, d]
         out[part] = torch.bmm(picked, hidden[part][:, :, None])[:, :, 0]
     return out
@@ -164,7 +164,7 @@ def _frozen_gathered(
 ) -> Float[Tensor, "n k"]:
     n, k = rows.shape
     out = hidden.new_empty(n, k)
-    for part in current().pieces(n, k * hidden.shape[1]):
+    for part in current(hidden.device).pieces(n, k * hidden.shape[1]):
         direction, inverse = _frozen_rows(step, rows[part], hidden.dtype)  # [m, k, d]
         h = hidden[part, :, None]
         out[part] = torch.bmm(direction, h)[:, :, 0]

@@ -64,12 +64,12 @@ def require(problem: Problem) -> None:
 
 def preferred(problem: Problem) -> bool:
     """Whether ``impl="auto"`` should run the kernels."""
-    return (
-        problem.hidden.is_cuda
-        and problem.dtype != torch.float64
-        and not _State.failed
-        and find_spec("triton") is not None
-    )
+    return problem.hidden.is_cuda and problem.dtype != torch.float64 and available()
+
+
+def available() -> bool:
+    """Whether triton is installed and has not failed in this process."""
+    return not _State.failed and find_spec("triton") is not None
 
 
 def compute_or_chunked(problem: Problem) -> Statistics:
