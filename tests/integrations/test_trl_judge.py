@@ -329,3 +329,54 @@ def log_policy(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=attention).logits[:, -width - 1 : -1]
     return torch.log_softmax(logits.double(), -1)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_batch_shift_is_asked_for_only_where_it_is_logged(
+    tmp_path: Path, accumulation: int
+) -> None:
+    settings: dict[str, Any] = STRICT | {
+        "max_steps": 4,
+        "gradient_accumulation_steps": accumulation,
+        "curvature_top_k": 8,
+    }
+    each = kit.trainer(tmp_path / "each", **settings, logging_steps=1)
+    each.train()
+    other = kit.trainer(tmp_path / "other", **settings, logging_steps=2)
+    asked: list[int] = []
+    inner = other._judge.batch_shifts
+
+    def batch_shifts(*args: Any) -> Any:
+        asked.append(other.state.global_step)
+        return inner(*args)
+
+    other._judge.batch_shifts = batch_shifts
+    other.train()
+    assert asked == [1] * accumulation + [3] * accumulation
+    name = "capo/batch/policy_shift"
+    rows = [[row for row in t.state.log_history if name in row] for t in (each, other)]
+    assert [row["step"] for row in rows[1]] == [2, 4]
+    # Of that step alone, and the training is the same.
+    assert [row[name] for row in rows[1]] == [row[name] for row in rows[0][1::2]]
+    for a, b in zip(each.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_batch_shift_of_a_large_vocabulary_uses_the_judged_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("capo.integrations._trl_judge.SMALL_VOCABULARY", 1)
+    instance = kit.ready(kit.trainer(tmp_path, **STRICT, curvature_top_k=8))
+    instance.create_optimizer()
+    inner, pairs = instance._judge.batch_shifts, []
+
+    def batch_shifts(*args: Any) -> Any:
+        found = inner(*args)
+        pairs.append((found, inner(*args[:-1])))  # without the judgement: a pass of its own
+        return found
+
+    instance._judge.batch_shifts = batch_shifts
+    instance._compute_loss(instance.model, kit.micro_batch(instance))
+    ((found, expected),) = pairs
+    assert all(bool(x != 0) for x in found)
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-4, atol=1e-9)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import capo
+from capo.core.batch_shift import batch_shift
 from capo.core.moments import add_gradient
 from capo.core.token_rules import TokenContext, TokenRule
 from capo.integrations._trl_head import LMHead
@@ -100,16 +102,16 @@ class Verdict:
         selection: what the rule says.
         weights: factors on the tokens' gradients, denominators taken into account, ``[B, T]``.
         offset: what is added to them, or None, ``[B, T]``.
-        batch_policy_shift: see :meth:`Judge.batch_shifts`.
-        batch_objective_shift: see :meth:`Judge.batch_shifts`.
+        batch_policy_shift: see :meth:`Judge.batch_shifts`; None where nobody asks for it.
+        batch_objective_shift: see :meth:`Judge.batch_shifts`; None likewise.
         everywhere, everywhere_mask: curvature and mask of all processes' rows.
     """
 
     curvature: capo.TokenCurvature
     selection: capo.Selection
     weights: Float[Tensor, "B T"]
-    batch_policy_shift: Float[Tensor, ""]
-    batch_objective_shift: Float[Tensor, ""]
+    batch_policy_shift: Float[Tensor, ""] | None
+    batch_objective_shift: Float[Tensor, ""] | None
     everywhere: capo.TokenCurvature
     everywhere_mask: Bool[Tensor, "A T"]
     offset: Float[Tensor, "B T"] | None = None
@@ -123,6 +125,8 @@ class Judge:
         step_model: the optimizer's step of the head.
         options: `fisher`, `top_k`, `renormalize` and `impl` of `capo.token_curvature`.
         world: the processes; a micro-batch is what all of them hold of it.
+        wants_batch_shifts: whether the shifts of the step of all tokens together are asked for now; alike
+            in all processes. Nothing but the log depends on them.
     """
 
     def __init__(
@@ -131,11 +135,13 @@ class Judge:
         step_model: StepModel,
         options: dict[str, Any],
         world: World | None = None,
+        wants_batch_shifts: Callable[[], bool] = lambda: True,
     ) -> None:
         self.rule = rule
         self.step_model = step_model
         self.options = options
         self.world = world or World()
+        self.wants_batch_shifts = wants_batch_shifts
 
     @torch.no_grad()
     def judge(
@@ -177,8 +183,11 @@ class Judge:
         if selection.penalty is not None:
             offset = selection.penalty * policy_pass.loss_scale * policy_pass.mask
             accepted = accepted + offset
+        batch_shifts: tuple[Tensor | None, Tensor | None] = (None, None)
+        wanted = self.wants_batch_shifts()
         if self.world.alone:
-            batch_shifts = self.batch_shifts(policy_pass, head, step, accepted)
+            if wanted:
+                batch_shifts = self.batch_shifts(policy_pass, head, step, accepted, curvature)
             self.step_model.accumulate(
                 head,
                 hidden=policy_pass.hidden,
@@ -189,11 +198,14 @@ class Judge:
             )
         else:
             top_k, batch_top_k = self.options["top_k"], self._batch_top_k(head)
-            gradient = self._gradient(policy_pass, head, accepted, curvature, batch_top_k)
-            batch_shifts = self._global_shifts(policy_pass, head, step, accepted, gradient)
-            if self.step_model.simulated and top_k != batch_top_k:
-                gradient = self._gradient(policy_pass, head, accepted, curvature, top_k)
-            self.step_model.add(gradient)
+            gradient = None
+            if wanted:
+                gradient = self._gradient(policy_pass, head, accepted, curvature, batch_top_k)
+                batch_shifts = self._global_shifts(policy_pass, head, step, accepted, gradient)
+            if self.step_model.simulated:
+                if gradient is None or top_k != batch_top_k:
+                    gradient = self._gradient(policy_pass, head, accepted, curvature, top_k)
+                self.step_model.add(gradient)
         return Verdict(curvature, selection, weights, *batch_shifts, everywhere, mask, offset)
 
     def _select(
@@ -275,6 +287,7 @@ class Judge:
         head: LMHead,
         step: capo.SGDStep | capo.AdamStep,
         accepted: Float[Tensor, "B T"],
+        curvature: capo.TokenCurvature | None = None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Policy and objective shift of the one step of all accepted tokens together.
 
@@ -282,19 +295,38 @@ class Judge:
         the whole batch where gradients are accumulated), before gradient clipping. The policy shift
         is the mean over all tokens that count, rejected ones included: they move too. The objective
         shift is the predicted decrease of the loss. Small vocabularies are summed in full, which
-        costs less than looking for each token's likeliest rows.
+        costs less than looking for each token's likeliest rows; of large ones the rows and probabilities
+        of `curvature`, the tokens' own judgement, are used again where it has them.
         """
         top_k = self._batch_top_k(head)
         tokens = policy_pass.mask.sum().clamp(min=1)
         if isinstance(step, capo.AdamStep):
             # The accepted gradient is normalised already, as the real one is.
             step = dataclasses.replace(step, grad_scale=1.0)
+        # Batch granularity takes the mean over tokens; the loss's own normalisation is wanted.
+        advantages = -accepted * (tokens * policy_pass.accumulation_steps)
+        support = None if curvature is None or top_k is None else curvature.support
+        options = head.logit_options
+        if support is not None and self.options["renormalize"] and _tells_probabilities(options):
+            assert curvature is not None
+            return batch_shift(
+                policy_pass.hidden,
+                head.weight,
+                policy_pass.token_ids,
+                advantages,
+                step=step,
+                support=support,
+                mask=curvature.mask,
+                temperature=options["temperature"],
+                logit_scale=options["logit_scale"],
+                fisher=self.options["fisher"],
+                impl=self.options["impl"],
+            )
         batch = capo.token_curvature(
             policy_pass.hidden,
             head.weight,
             policy_pass.token_ids,
-            # Batch granularity takes the mean over tokens; the loss's own normalisation is wanted.
-            -accepted * (tokens * policy_pass.accumulation_steps),
+            advantages,
             step=step,
             mask=policy_pass.mask,
             granularity="batch",
@@ -330,6 +362,11 @@ def everyones_gradient(
     return world.total(gradient).div_(world.size)
 
 
+def _tells_probabilities(options: dict[str, Any]) -> bool:
+    """Whether a residual of the head is a multiple of a probability."""
+    return options["logit_softcap"] is None and options["logit_scale"] != 0
+
+
 def shift_metrics(verdict: Verdict) -> dict[str, float]:
     """The metrics of one micro-batch, keyed as they are logged. One transfer to the host."""
     selection, curvature, mask = verdict.selection, verdict.everywhere, verdict.everywhere_mask
@@ -345,10 +382,11 @@ def shift_metrics(verdict: Verdict) -> dict[str, float]:
         **quantiles(
             "objective_shift", curvature.objective_shift[mask], p01=0.01, p50=0.5, p99=0.99
         ),
-        "batch/policy_shift": verdict.batch_policy_shift,
-        "batch/objective_shift": verdict.batch_objective_shift,
         "tokens": mask.sum(),
     }
+    for name in ("policy_shift", "objective_shift"):
+        if (value := getattr(verdict, f"batch_{name}")) is not None:
+            values[f"batch/{name}"] = value
     numbers = torch.stack([value.float() for value in values.values()]).tolist()
     return {f"capo/{name}": number for name, number in zip(values, numbers, strict=True)}
 

@@ -109,7 +109,21 @@ def make_judge(
         "renormalize": args.renormalize,
         "impl": args.impl,
     }
-    return Judge(rule, step_model, options, world), watch
+    return Judge(
+        rule, step_model, options, world, lambda: watch is None and logs_next(trainer)
+    ), watch
+
+
+def logs_next(trainer: GRPOTrainer) -> bool:
+    """Whether the trainer logs when it has taken the step that it is at."""
+    args, state = trainer.args, trainer.state
+    if args.logging_strategy != "steps":
+        return (
+            str(args.logging_strategy.value) == "epoch"
+        )  # which step is the last, only its end tells
+    every = state.logging_steps if state.max_steps > 0 else args.logging_steps
+    first = args.logging_first_step and state.global_step == 0
+    return bool(first or (state.global_step + 1) % max(1, int(every)) == 0)
 
 
 def _watching_rule(args: object) -> capo.Thresholds:

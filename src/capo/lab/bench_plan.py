@@ -213,6 +213,7 @@ class Runner:
             "use_cpu": True,
             "save_strategy": "no",
             "report_to": "none",
+            "logging_steps": 1,  # what is worked out for the log alone is in the figure
             "disable_tqdm": True,
             "dataloader_pin_memory": False,
             **self.settings,

@@ -189,7 +189,10 @@ def _head_gather(
 
 
 def _together(model: Architecture, job: Job) -> list[Term]:
-    """The one step of all accepted tokens: its shifts, and its gradient for the moments."""
+    """The one step of all accepted tokens: its shifts, and its gradient for the moments.
+
+    As at a step that is logged; at the others there are no shifts to work out.
+    """
     v, d, n, k, count = model.vocabulary, model.width, job.tokens, job.top_k, job.micro_batches
     phase = "selection: all accepted tokens"
     small = v <= SMALL_VOCABULARY
@@ -223,7 +226,8 @@ def _together(model: Architecture, job: Job) -> list[Term]:
             memory=n * k * 60.0,
             phase=phase,
         )
-    terms = [again, products]
+    # One process knows the rows and probabilities of a large vocabulary from judging the tokens.
+    terms = [products] if job.alone and not small else [again, products]
     if job.alone:
         rows = min(used, Options().vocab_chunk) if small else used
         terms.append(
