@@ -40,6 +40,9 @@ class Tiling:
     stages: int = 3
     splits: int | None = None  # slices of the vocabulary; None: enough to fill the device
     held: int = 1 << 26  # logits held at a time, elements (top_k only)
+    library: int = (
+        0  # 1: the vendor's product into the held logits, then a pass that reads them (top_k only)
+    )
 
 
 _OVERRIDE: ContextVar[dict[str, int | None]] = ContextVar("capo_triton_tiling", default={})  # noqa: B039
@@ -125,7 +128,8 @@ def choose(hidden: Tensor, head: Head, moved: Moved | None = None) -> Tiling:
     """Block sizes for the given operands on the device they are on.
 
     Registers set the limit: 128 × 256 float32 accumulators leave room for the online softmax without
-    spilling, but not for a second product or the soft-cap's derivatives (compiled for sm_90).
+    spilling, but not for a second product or the soft-cap's derivatives (compiled for sm_90). With a tile
+    half as wide one product was quicker all the same (measured).
     """
     matrix = None if moved is None else moved.matrix
     wide = _cast(hidden, head.weight) or (matrix is not None and _cast(hidden, matrix))
@@ -142,8 +146,10 @@ def choose(hidden: Tensor, head: Head, moved: Moved | None = None) -> Tiling:
         best = Tiling(tokens=64, rows=128, width=32, warps=4, stages=2)
     elif matrix is not None or head.softcap is not None:
         best = Tiling(tokens=128, rows=128, width=64, warps=8, stages=3)
-    else:  # one product of 16-bit operands: the wider tile halves the traffic from the L2 cache
-        best = Tiling(tokens=128, rows=256, width=64, warps=8, stages=3)
+    else:
+        # One product of 16-bit operands. 6144 tokens, d 3584, V 152 064, K 50 on an H200 (results/gpu):
+        # 21.6 ms; with held 2²⁶ or 2²⁸ 22.9; with 2²⁶, rows 256 and stages 3 26.0.
+        best = Tiling(tokens=128, rows=128, width=64, warps=8, stages=4, held=1 << 27)
     changes = {name: value for name, value in _OVERRIDE.get().items() if value is not None}
     return replace(best, **changes)
 
@@ -177,6 +183,8 @@ def rest(
     matrix = weight if moved.matrix is None else moved.matrix
     square = matrix if moved.square is None else moved.square
     plan = choose(hidden, head, moved)
+    if plan.library and keys_sign is not None and not _cast_on_device(hidden, weight):
+        return _library_rest(problem, plan, keys_sign)
     n, (v, d) = hidden.shape[0], weight.shape
     blocks, tiles = -(-n // plan.tokens), -(-v // plan.rows)
     slice_tiles = -(-tiles // min(tiles, plan.splits or _splits(hidden, blocks)))
@@ -242,6 +250,66 @@ def rest(
             num_stages=plan.stages,
         )
     return _merge(partial, values), None if keys_sign is None else Keys(keys, maxima)
+
+
+def _cast_on_device(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the vendor's product would need a copy of an operand."""
+    return hidden.dtype != weight.dtype
+
+
+def _library_rest(problem: Problem, plan: Tiling, sign: float) -> tuple[Rest, Keys]:
+    """As :func:`rest` with keys: one product that holds the logits, and one pass that reads them.
+
+    Twice the traffic of the fused pass (8 bytes a logit), for a product at the matrix ceiling.
+    """
+    from capo.core.statistics import triton_row_kernels
+
+    head, hidden = problem.head, problem.hidden
+    n, v = hidden.shape[0], head.vocabulary
+    tiles = -(-v // plan.rows)
+    keys = _product(hidden, head.weight)
+    if head.bias is not None:
+        keys += head.bias.float()
+    if sign != 1.0:
+        keys *= sign
+    if keys.shape[1] < tiles * plan.rows:
+        keys = torch.nn.functional.pad(keys, (0, tiles * plan.rows - v))  # left out by the kernel
+    processors = 1
+    if hidden.is_cuda:
+        processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
+    together = 2048 // plan.rows if hidden.is_cuda else 2  # tiles read at a time
+    slice_tiles = -(-tiles // max(1, min(tiles, -(-16 * processors // max(1, n)))))
+    splits = -(-tiles // slice_tiles)
+    partial = hidden.new_empty(3, splits, n, dtype=torch.float32)
+    maxima = hidden.new_empty(n, tiles, dtype=torch.float32)
+    inner, outer, _ = _constants(head)
+    with _device(hidden):
+        triton_row_kernels.held_kernel[(n * splits,)](
+            keys,
+            problem.token_ids.contiguous(),
+            *partial,
+            maxima,
+            n,
+            v,
+            splits,
+            slice_tiles,
+            tiles,
+            sign,
+            inner,
+            outer,
+            SOFTCAP=head.softcap is not None,
+            BLOCK_T=together,
+            BLOCK_V=plan.rows,
+            num_warps=8,
+        )
+    return _merge(partial, "none"), Keys(keys, maxima)
+
+
+def _product(hidden: Float[Tensor, "n d"], weight: Float[Tensor, "V d"]) -> Float[Tensor, "n V"]:
+    """Logits in float32 from operands of one dtype."""
+    if hidden.is_cuda and hidden.dtype in NARROW:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return hidden.float() @ weight.float().T
 
 
 def _splits(hidden: Tensor, blocks: int) -> int:

@@ -72,6 +72,66 @@ def rows_kernel(
     tl.store(out + i * K + k, tl.sum(accumulated, axis=1), mask=live_k)
 
 
+@triton.jit(do_not_specialize=["N", "splits", "slice_tiles", "tiles"])
+def held_kernel(
+    keys,  # [N, tiles · BLOCK_V] ± raw logits; the sampled token and the padding are marked absent
+    token_ids,  # [N]
+    top,  # outputs, all [splits, N]: maximum, Σe, Σe(max − z)
+    total,
+    spread,
+    maxima,  # output [N, tiles]
+    N,
+    V,
+    splits,
+    slice_tiles,
+    tiles,
+    sign,
+    inner,
+    outer,
+    SOFTCAP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """What ``rest_kernel`` says of the tokens that were not sampled, from logits that are held already.
+
+    One token × one slice of the vocabulary; every lane keeps its own statistics, and they merge at the end.
+    """
+    program = tl.program_id(0)
+    n = (program // splits).to(tl.int64)
+    piece = program % splits
+    token = tl.load(token_ids + n)
+    last = tl.minimum((piece + 1) * slice_tiles, tiles)
+    row = keys + n * tiles * BLOCK_V
+    top_l = tl.full([BLOCK_T, BLOCK_V], ABSENT, tl.float32)
+    total_l = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+    spread_l = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+    for first in range(piece * slice_tiles, last, BLOCK_T):
+        tile = first + tl.arange(0, BLOCK_T)
+        live = tile < last
+        v = tile[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+        key = tl.load(row + v, mask=live[:, None], other=0.0)
+        absent = (v == token) | (v >= V) | (live[:, None] == 0)
+        key = tl.where(absent, ABSENT, key)
+        tl.store(row + v, key, mask=absent & live[:, None])
+        tl.store(maxima + n * tiles + tile, tl.max(key, axis=1), mask=live)
+        y = tl.where(absent, 0.0, key) * sign
+        z = tl.where(absent, ABSENT, activate(y, inner, outer, 1.0, 1.0, SOFTCAP)[0])
+        new_top = tl.maximum(top_l, z)
+        e = tl.where(absent, 0.0, tl.exp(z - new_top))
+        shrink = tl.exp(top_l - new_top)
+        spread_l = shrink * (spread_l + (new_top - top_l) * total_l) + e * (new_top - z)
+        total_l = shrink * total_l + e
+        top_l = new_top
+    highest = tl.max(tl.max(top_l, axis=1), axis=0)
+    shrink = tl.exp(top_l - highest)
+    whole = tl.sum(tl.sum(shrink * total_l, axis=1), axis=0)
+    wide = shrink * (spread_l + (highest - top_l) * total_l)
+    out = piece.to(tl.int64) * N + n
+    tl.store(top + out, highest)
+    tl.store(total + out, whole)
+    tl.store(spread + out, tl.sum(tl.sum(wide, axis=1), axis=0))
+
+
 @triton.jit
 def log_sum_kernel(
     keys, out, width, keys_n, sign, inner, outer, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr
