@@ -124,3 +124,83 @@ def test_verdicts_are_by_what_was_asked() -> None:
     assert "**not met** (1/40)" in lines[1]
     assert "**not met** (+2.00%)" in lines[2]
     assert "noise" in lines[3]
+
+
+def test_the_report_is_of_stages_that_ran_apart(tmp_path: Path) -> None:
+    def about(device: str, started: str) -> dict[str, Any]:
+        return {"device": device, "started": started}
+
+    step = {"overhead": 0.02, "overheads": [0.02], "step_ms": 1.0, "peak_mb": 1.0}
+    step["parts_of_a_plain_step"] = {}  # type: ignore[assignment]
+    timing = {"median_ms": 2.0, "peak_mb": 8.0}
+    Record(
+        tmp_path / "core.json",
+        stage="core",
+        scale="full",
+        about=about("H100", "2026-01-01T10:00:00"),
+        chunked={
+            "tokens": 4,
+            "theirs": timing,
+            "ours": timing,
+            "times_slower": 3.0,
+            "times_memory": 0.2,
+        },
+    ).finish()
+    record = Record(
+        tmp_path / "step1.json",
+        stage="step1",
+        scale="full",
+        about=about("H200", "2026-01-02T11:00:00"),
+    )
+    record.add("policy", {"name": "Q", "parameters": 7e9, "tokens": 8})
+    record.add("left out for want of time", ["trust region, deep"])
+    record.add("steps", {"GRPO": step | {"overheads": [-0.01, 0.01]}, "CAPO": step})
+    record.finish()
+    (tmp_path / "NOTES.md").write_text("## The run\n\nBy hand.\n")
+    write_report(tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert "| core | full | H100 | 2026-01-01T10:00 | whole |" in page
+    assert "| step1 | full | H200 | 2026-01-02T11:00 | without trust region, deep |" in page
+    assert "| step0 | | | | **not run**" in page
+    assert "By hand." in page
+    assert "5.0 × the memory" in page
+    assert "+2.00% of the step (one turn)" in page
+    assert "differs from its turn before by -1.00% to +1.00%" in page
+
+
+def test_a_stage_ends_itself_in_time_and_keeps_its_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from capo.lab.gpu import step as stage
+    from capo.lab.gpu.sizes import sizes_of
+
+    class Bench:
+        parameters, clock = 1, None
+
+        def __init__(self, shape: Any) -> None: ...
+
+        def trainer(self, **settings: Any) -> None: ...
+
+    class Turn:
+        trials = (2,)
+
+        def __init__(self, *_: Any) -> None: ...
+
+        def take(self) -> dict[str, list[float]]:
+            kept = json.loads(path.read_text()).get("raw", [])
+            if len(kept) == 3:
+                now[0] += 1000.0
+            return {"step": [1.0]}
+
+    now, path = [0.0], tmp_path / "step0.json"
+    monkeypatch.setattr(stage, "Bench", Bench)
+    monkeypatch.setattr(stage, "Turn", Turn)
+    monkeypatch.setattr(stage.time, "monotonic", lambda: now[0])
+    record = Record(path, stage="step0")
+    stage.run(sizes_of("full").policies[0], record)
+    found = json.loads(path.read_text())
+    names = [turn["name"] for turn in found["raw"]]
+    assert names[:3] == ["GRPO", *list(stage.VARIANTS)[:2]]
+    assert names[-1] == "GRPO"  # an overhead has a turn on either side
+    assert "trust region, deep" in found["left out for want of time"]
+    assert found["raw"][0]["trials"] == [2]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import capo
+from capo.core.batch_shift import batch_shift
 from capo.core.statistics.judged import Candidates, Sampled
 from capo.core.statistics.problem import Head, Problem
 from capo.core.statistics.rest import Rest
@@ -157,6 +158,8 @@ def _sweep(case: Case, record: Record) -> dict[str, int]:
     tile = best
     for held in case.sizes.held:
         attempt(tile | {"held": held})
+    for held in case.sizes.held:
+        attempt(tile | {"held": held, "library": 1})
     record.add("tilings", rows)
     record.add("tiling", best)
     return best
@@ -169,6 +172,18 @@ def _parts(case: Case, record: Record, limits: dict[str, float]) -> None:
     moments = capo.LastLayerMoments((core.vocabulary, core.width), device=case.hidden.device)
     judged = case.judge()
     first = (case.hidden, case.weight, case.token_ids, case.advantages / core.tokens)
+
+    def shift() -> object:
+        assert judged.support is not None
+        return batch_shift(
+            case.hidden,
+            case.weight,
+            case.token_ids,
+            case.advantages,
+            step=case.step,
+            support=judged.support,
+            mask=judged.mask,
+        )
 
     def accumulate() -> None:
         moments.accumulate(*first, top_k=core.top_k, support=judged.support)
@@ -184,6 +199,7 @@ def _parts(case: Case, record: Record, limits: dict[str, float]) -> None:
             step=capo.SGDStep(1e-6), top_k=None
         ),
         "batch-level shift": lambda: case.judge(granularity="batch"),
+        "batch-level shift of judged tokens": shift,
         "simulated gradient": accumulate,
         "simulated gradient and moments": advance,
     }

@@ -112,7 +112,7 @@ class Bench:
         trainer = (CAPOTrainer if settings else GRPOTrainer)(
             model=self.model,
             reward_funcs=lambda completions, **_: self._rewards[: len(completions)],
-            args=CAPOConfig(**common, **settings) if settings else GRPOConfig(**common),
+            args=CAPOConfig(**common | settings) if settings else GRPOConfig(**common),
             train_dataset=Dataset.from_list(rows),
             processing_class=self.tokenizer,
             optimizers=(
@@ -138,6 +138,7 @@ class Turn:
         self._steps: list[tuple[Any, Any]] = []
         self._parts: dict[str, list[tuple[Any, Any]]] = {}
         self._start: Any = None
+        self.trials: list[int] = []  # of the steps of the last turn, the first among them
         prepare = trainer._prepare_inputs
 
         def prepared(batch: Any) -> Any:
@@ -184,7 +185,10 @@ class Turn:
         self._steps.clear()
         for earlier in self._parts.values():
             earlier.clear()
+        ledger = self.trainer._metrics["train"]
+        ledger.pop("capo/trust/trials", None)
         self.trainer.train()
+        self.trials = [int(n) for n in ledger.get("capo/trust/trials", [])]
         self.clock.wait()
         spans = {"step": self._steps, **self._parts}
         return {

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from capo.lab.gpu.sizes import sizes_of
+
 DRY = "DRY RUN at tiny sizes without a GPU: every part works, no time means anything."
 PLAIN = "GRPO"
 ASKED = {"naive_faster": 5.0, "naive_memory": 50.0, "overhead": 0.01}
@@ -69,7 +71,7 @@ def _core_rows(core: dict[str, Any]) -> list[tuple[str, str, str, str]]:
                     f"  {name}, N {value['tokens']}",
                     *_timing(value["theirs"]),
                     f"ours {value['ours']['median_ms']:.1f} ms, {value['ours']['peak_mb']:.0f} MB: "
-                    f"{value['times_slower']:.1f} × faster, 1/{value['times_memory']:.0f} of the memory",
+                    f"{value['times_slower']:.1f} × faster, {_share(value['times_memory'])}",
                 )
             )
     return rows + _failed(core)
@@ -90,15 +92,22 @@ def _step_rows(record: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     for name, step in found.items():
         extra = ""
         if step["peak_mb"] is not None and name != PLAIN:
-            extra = f"{step['peak_mb'] - plain['peak_mb']:.0f}"
+            extra = f"{max(0.0, step['peak_mb'] - plain['peak_mb']):.0f}"
         parts = "; ".join(f"{k} {v:.2%}" for k, v in step["parts_of_a_plain_step"].items())
         ends = step["overheads"] or [0.0]
-        spread = f"{step['overhead']:+.2%} ({min(ends):+.2%} to {max(ends):+.2%})"
-        said = f"{spread} of one turn to the next" if name == PLAIN else f"{spread} of the step"
+        turns = f"{min(ends):+.2%} to {max(ends):+.2%}" if len(ends) > 1 else "one turn"
+        said = f"{step['overhead']:+.2%} of the step ({turns})"
+        if name == PLAIN:
+            said = f"differs from its turn before by {turns}"
         rows.append(
             (f"  {name}", f"{step['step_ms']:.1f}", extra, said + (f": {parts}" if parts else ""))
         )
     return rows + _failed(record)
+
+
+def _share(times: float) -> str:
+    """How much memory ours takes of theirs, which takes ``times`` as much."""
+    return f"1/{times:.0f} of the memory" if times >= 1.5 else f"{1.0 / times:.1f} × the memory"
 
 
 def _failed(record: dict[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -127,13 +136,33 @@ def verdicts(records: dict[str, dict[str, Any]]) -> list[str]:
             said = f"- {record['policy']['name']}, {variant}: "
             if variant == PLAIN:
                 ends = step["overheads"] or [0.0]
-                said += f"from turn to turn {min(ends):+.2%} to {max(ends):+.2%}, the noise of the others."
+                said += f"{min(ends):+.2%} to {max(ends):+.2%} from turn to turn, the noise of the others."
             else:
                 said += (
                     "at most 1 % of the update step: "
                     f"**{_met(step['overhead'] <= ASKED['overhead'])}** ({step['overhead']:+.2%})."
                 )
             lines.append(said)
+    return lines
+
+
+def _stages(records: dict[str, dict[str, Any]]) -> list[str]:
+    """When and where each stage ran, which need not have been together."""
+    lines = ["| stage | scale | device | started | |", "|---|---|---|---|---|"]
+    for name, record in records.items():
+        about = record.get("about")
+        if about is None:
+            continue
+        missing = record.get("left out for want of time", [])
+        said = "whole" if record.get("complete") else "in part"
+        if missing:
+            said = "without " + "; ".join(missing)
+        started, where = about["started"][:16], about["device"]
+        lines.append(f"| {name} | {record['scale']} | {where} | {started} | {said} |")
+    for index, policy in enumerate(sizes_of("full").policies):
+        dry = any(record.get("scale") == "tiny" for record in records.values())
+        if f"step{index}" not in records and not dry:
+            lines.append(f"| step{index} | | | | **not run**: the update step of {policy.name} |")
     return lines
 
 
@@ -147,6 +176,7 @@ def write_report(output: Path) -> None:
     about: dict[str, Any] = next((r["about"] for r in records.values() if "about" in r), {})
     dry = any(r.get("scale") == "tiny" for r in records.values())
     versions = ", ".join(f"{k} {v}" for k, v in about.get("packages", {}).items())
+    notes = output / "NOTES.md"
     verdict = records.get("verdict", {})
     checks = [
         f"- {name}: {value}"
@@ -165,6 +195,9 @@ def write_report(output: Path) -> None:
         + f". {versions}, triton {about.get('triton')}, CUDA {about.get('cuda')}, "
         f"Python {about.get('python')}.",
         "",
+        *_stages(records),
+        "",
+        *([notes.read_text().strip(), ""] if notes.exists() else []),
         "## Checks",
         "",
         *checks,

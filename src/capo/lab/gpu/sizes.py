@@ -48,7 +48,7 @@ class Policy:
     generations: int = 8
     cycles: int = 4  # at most
     timed: int = 2  # steps of a trainer's turn, after one that is not timed
-    seconds: float = 55.0  # no new cycle after so long
+    seconds: float = 100.0  # no new turn after so long
 
     @property
     def tokens(self) -> int:
@@ -69,9 +69,9 @@ class Policy:
         }
 
 
-QWEN_1_5B = Policy("Qwen2-1.5B", 28, 1536, 8960, 12, 2, 151_936, True, 24, 1024)
+QWEN_1_5B = Policy("Qwen2-1.5B", 28, 1536, 8960, 12, 2, 151_936, True, 16, 1024)
 QWEN_7B = Policy(
-    "Qwen2-7B", 28, 3584, 18_944, 28, 4, 152_064, False, 8, 1024, timed=1, seconds=65.0
+    "Qwen2-7B", 28, 3584, 18_944, 28, 4, 152_064, False, 8, 1024, timed=1, seconds=115.0
 )
 
 
@@ -105,9 +105,18 @@ def sizes_of(scale: str) -> Sizes:
             sweep_tokens=2048,
         )
         policies = (
-            replace(QWEN_1_5B, completions=8, completion_tokens=512, cycles=1, timed=1),
-            # Few layers, so that all stages fit on the device at once: the head is whole.
-            replace(QWEN_7B, name="Qwen2-7B, 4 layers", layers=4, cycles=1),
+            # Few layers, so that all stages fit on the device and into their time at once.
+            replace(
+                QWEN_1_5B,
+                name="Qwen2-1.5B, 4 layers",
+                layers=4,
+                completions=8,
+                completion_tokens=512,
+                cycles=1,
+                timed=1,
+                seconds=45.0,
+            ),
+            replace(QWEN_7B, name="Qwen2-7B, 4 layers", layers=4, cycles=1, seconds=60.0),
         )
         return Sizes("quick", core, policies, suite=("-k", "any_problem and (1 or 2)"))
     core = Core(
