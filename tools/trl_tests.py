@@ -1,18 +1,20 @@
 """TRL's own tests of `GRPOTrainer`, with `CAPOTrainer` in its place.
 
-    python tools/trl_tests.py PATH/TO/trl/tests/test_grpo_trainer.py [--output DIR] [-k EXPRESSION]
+    python tools/trl_tests.py PATH/TO/trl/tests/test_grpo_trainer.py [--output DIR] [--table FILE]
 
-PATH is in a checkout of TRL at the installed version; TRL does not ship its tests. The file is copied with
-its neighbours to DIR, where the names of models and data sets on the hub become paths of local ones with
-random weights. It runs three times:
+PATH is in a checkout of TRL at the installed version, or near it; TRL does not ship its tests. The file is
+copied with its neighbours to DIR, where the names of models and data sets on the hub become paths of local
+ones with random weights, and checks for packages that the installed TRL does not know are done without it.
+It runs three times:
 
 - `stock`: as it is. What fails here needs something that is not here, and says nothing about CAPO.
 - `off`: `CAPOTrainer`, with TRL's own `GRPOConfig`.
 - `on`: `CAPOTrainer` that judges every token, rejects none, and puts every step through the trust region (at
   the tests' learning rate of 0.1 the paper's thresholds would reject everything).
 
-Prints what passed, and what was left out and why. The exit status is 1 if a test that passes with `stock`
-fails with `off`. Tests of `on` that fail are listed: some hold TRL to a step of its full length.
+Prints what passed, and what was left out and why; FILE gets the same as a table in Markdown. The tests of
+tools want `jmespath` besides (`pip install jmespath`). The exit status is 1 if a test that passes with
+`stock` fails with `off`. Tests of `on` that fail are listed: some hold TRL to a step of its full length.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +35,20 @@ from typing import Any
 from xml.etree import ElementTree
 
 HUB = "trl-internal-testing/"
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SPECIAL = {151643: "<|endoftext|>", 151644: "<|im_start|>", 151645: "<|im_end|>"}
+# Some tests write completions down as ids of Qwen's vocabulary, and say in a comment what they stand for.
+# Below are those of more than one byte; single bytes come first, in Qwen's order. The ids are replaced by
+# those of the local vocabulary, which has nothing else.
+BYTES = 256
+PIECES = {
+    **{293: " b", 314: " {", 330: ' "', 397: ">\n", 411: "out", 450: "de", 497: '",', 522: "</"},
+    **{606: "name", 788: '":', 894: " any", 927: "sh", 944: "'t", 1318: "text", 1414: " know"},
+    **{1513: " don", 2765: " won", 4913: '{"', 5212: ' {"', 5392: " tool", 6023: "hi"},
+    **{6659: "call", 7692: "async", 9520: "step", 11248: "}}\n", 13477: "crement", 14172: "tool"},
+    **{16252: " increment", 16370: "arguments", 17453: "Done", 22785: "_tool", 35744: "increment"},
+    **{64648: "multiply", 93054: "_multiply", 95642: '"}}\n'},
+    **{151657: "<tool_call>", 151658: "</tool_call>"},
+}
 SMALL: dict[str, Any] = {
     "hidden_size": 8,
     "intermediate_size": 32,
@@ -53,6 +69,21 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "tiny-MistralForCausalLM-0.2": ("Mistral", {}, "qwen2_5"),
     "tiny-Gemma2ForCausalLM": ("Gemma2", {"head_dim": 4}, "gemma"),
     "tiny-Cohere2ForCausalLM": ("Cohere2", {"logit_scale": 0.125}, "cohere2"),
+    "tiny-GptOssForCausalLM": (
+        "GptOss",
+        {"head_dim": 4, "num_local_experts": 4, "num_experts_per_tok": 2},
+        "gptoss",
+    ),
+    "tiny-Glm4MoeForCausalLM": (
+        "Glm4Moe",
+        {
+            "head_dim": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+        },
+        "glm4moe",
+    ),
 }
 TRAINERS = {
     "stock": "from trl import GRPOConfig, GRPOTrainer",
@@ -101,21 +132,22 @@ class GRPOConfig(CAPOConfig):
 
 
 def tokenizer(template: str) -> Any:
-    """A byte-level tokenizer with one of TRL's chat templates."""
+    """A byte-level tokenizer with one of TRL's chat templates, and the pieces that tests want."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
-    backend = Tokenizer(models.BPE(vocabulary, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    pieces = [split.pre_tokenize_str(piece)[0][0] for piece in PIECES.values()]
+    words = [*sorted(split.alphabet()), *pieces, *SPECIAL.values()]
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    backend.pre_tokenizer = split
     backend.decoder = decoders.ByteLevel()
     made = PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        pad_token=SPECIAL[0],
-        eos_token=SPECIAL[2],
-        bos_token=SPECIAL[0],
-        additional_special_tokens=SPECIAL[1:2],
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        bos_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
     )
     spec = find_spec("trl")
     assert spec is not None
@@ -168,6 +200,38 @@ def write_data(folder: Path) -> None:
     (folder / "README.md").write_text("\n".join([*header, "---", ""]))
 
 
+def adapted(text: str) -> str:
+    """A module of TRL's tests, without those checks for packages that the installed TRL does not have."""
+    checks = import_module("trl.import_utils")
+    block = re.search(r"from trl\.import_utils import (?:\(([^)]*)\)|(.*))\n", text)
+    if block is None:
+        return text
+    names = [name.strip() for name in (block[1] or block[2]).split(",") if name.strip()]
+    known = [name for name in names if hasattr(checks, name)]
+    lines = [f"from trl.import_utils import {name}" for name in known]
+    for name in sorted({*names} - {*known}):
+        package = name.removeprefix("is_").removesuffix("_available")
+        lines += [
+            f"def {name}():",
+            "    from importlib.util import find_spec",
+            f"    return find_spec({package!r}) is not None",
+        ]
+    return text.replace(block[0], "\n".join([*lines, ""]))
+
+
+def with_local_ids(text: str) -> str:
+    """TRL's tests with the ids of a published vocabulary replaced by those of the local one."""
+    local = {i: BYTES + place for place, i in enumerate([*PIECES, *SPECIAL])}
+
+    def replaced(found: re.Match[str]) -> str:
+        ids = [int(number) for number in re.findall(r"\d+", found[0])]
+        if not {*ids} & {*SPECIAL} or not all(i < BYTES or i in local for i in ids):
+            return found[0]
+        return str([local.get(i, i) for i in ids])
+
+    return re.sub(r"\[\d+(?:, \d+)+\]", replaced, text)
+
+
 def prepare(source: Path, output: Path) -> dict[str, Path]:
     """The three copies of the tests, by name; models and data beside them."""
     shutil.rmtree(output, ignore_errors=True)
@@ -175,7 +239,7 @@ def prepare(source: Path, output: Path) -> dict[str, Path]:
     write_models(hub)
     write_data(hub / "zen")
     (output / "capo_on.py").write_text(ON)
-    text = source.read_text()
+    text = with_local_ids(adapted(source.read_text()))
     if TRAINERS["stock"] not in text:
         raise SystemExit(f"{source} has no line {TRAINERS['stock']!r}; is it TRL's?")
     for name in [*MODELS, "zen"]:
@@ -185,7 +249,7 @@ def prepare(source: Path, output: Path) -> dict[str, Path]:
         folder = output / mode / "tests"
         folder.mkdir(parents=True)
         for neighbour in ("__init__.py", "conftest.py", "testing_utils.py"):
-            shutil.copy(source.parent / neighbour, folder / neighbour)
+            (folder / neighbour).write_text(adapted((source.parent / neighbour).read_text()))
         tests[mode] = folder / source.name
         tests[mode].write_text(text.replace(TRAINERS["stock"], imports))
     return tests
@@ -245,11 +309,33 @@ def report(outcomes: dict[str, dict[str, tuple[str, str]]]) -> int:
     return broken["off"]
 
 
+def table(outcomes: dict[str, dict[str, tuple[str, str]]]) -> str:
+    """Every test and what came of it, in Markdown."""
+    modes = list(outcomes)
+    counts = []
+    for outcome in ("passed", "failed", "skipped"):
+        numbers = [sum(o == outcome for o, _ in outcomes[mode].values()) for mode in modes]
+        counts.append(f"| {outcome} | " + " | ".join(map(str, numbers)) + " |")
+    head = "|" + " | ".join(["", *modes]) + " |\n|---|" + "---|" * len(modes)
+    rows = []
+    for name, (_, reason) in outcomes[modes[0]].items():
+        found = [outcomes[mode].get(name, ("not run", "")) for mode in modes]
+        why = next((r for o, r in found if o != "passed" and r), reason)
+        test = name.partition("::")[2].replace("|", "\\|")
+        said = why.replace("|", "\\|").replace("<", "&lt;")
+        rows.append(f"| `{test}` | " + " | ".join(o for o, _ in found) + f" | {said} |")
+    columns = (
+        "|" + " | ".join(["test", *modes, "why not"]) + " |\n|---|" + "---|" * (len(modes) + 1)
+    )
+    return "\n".join([head, *counts, "", columns, *rows, ""])
+
+
 def main() -> int:
     """Parse the command line, run, report."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("tests", type=Path, help="TRL's tests/test_grpo_trainer.py")
     parser.add_argument("--output", type=Path, default=Path("runs/trl-tests"))
+    parser.add_argument("--table", type=Path, help="where to write the table, in Markdown")
     parser.add_argument("-k", default="", help="as for pytest")
     arguments = parser.parse_args()
     if not arguments.tests.is_file():
@@ -261,6 +347,8 @@ def main() -> int:
         outcomes[mode] = run(path, arguments.output, chosen)
         if not any(outcome == "passed" for outcome, _ in outcomes[mode].values()):
             parser.error(f"tests: none passes ({mode}); the file must be of TRL {version('trl')}.")
+    if arguments.table is not None:
+        arguments.table.write_text(table(outcomes))
     return 1 if report(outcomes) else 0
 
 

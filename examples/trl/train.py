@@ -47,6 +47,7 @@ def main() -> None:
     trainer.train()
     trainer.save_model()
     trainer.save_state()
+    trainer.accelerator.end_training()  # the processes take leave of each other
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from integrations import trl_kit as kit
+from integrations.vllm_kit import SETTINGS as SERVER
 
 BUDGET = 2e-3
 REGION: dict[str, Any] = {"policy_shift": BUDGET, "sequences": None}
@@ -29,6 +30,8 @@ class Case:
         infinite_at: step at which one advantage is infinite.
         resume: case and step of the checkpoint to go on from.
         die_at: step at which the last process is killed.
+        corrected: whether the fixed batches come with vLLM's importance-sampling correction.
+        served: whether completions come from a server, which is sent the weights.
     """
 
     name: str
@@ -41,6 +44,8 @@ class Case:
     infinite_at: int | None = None
     resume: tuple[str, int] | None = None
     die_at: int | None = None
+    corrected: bool = False
+    served: bool = False
 
 
 def mixture() -> Any:
@@ -119,6 +124,7 @@ EQUAL = [
     _both("deep", trust_region=_region(predictor="deep"), loss_type="dr_grpo", learning_rate=4e-3),
     _both("head", trust_region=_region(predictor="head"), weight_decay=0.1),
     Case("experts", BOTH, moe=True),
+    Case("vllm correction", {**BOTH, "loss_type": "dapo"}, corrected=True),
     _both("plain", selection=None, trust_region=None, max_grad_norm=0.05),
 ]
 REPLICATED = [_both("depth", depth="all", trust_region=_region(step_length="quadratic"))]
@@ -135,6 +141,14 @@ BALANCED = [
     Case("balanced", {**BALANCE, **LOOK, "curvature_top_k": 8}, fixed=False, moe=True),
     Case("balanced stock", BALANCE, fixed=False, moe=True, trainer="grpo"),
 ]
+SERVED = [
+    Case(
+        "served",
+        {**BOTH, **SERVER, "max_steps": 4, "num_iterations": 2},
+        fixed=False,
+        served=True,
+    )
+]
 INFINITE = [
     Case("infinite", {**BOTH, "selection": None}, infinite_at=1),
 ]
@@ -148,6 +162,7 @@ CASES = {
         *BALANCED,
         *RESUME,
         *KILLED,
+        *SERVED,
         *INFINITE,
         *REFUSED,
     )

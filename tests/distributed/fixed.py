@@ -46,6 +46,8 @@ def global_batch(model: Any, index: int) -> dict[str, torch.Tensor]:
         "advantages": advantages,
         "old_per_token_logps": old + 0.1 * torch.randn(old.shape, generator=generator),
         "num_items_in_batch": mask.sum(),
+        # Read only where `use_vllm` says so.
+        "importance_sampling_ratio": torch.exp(0.5 * torch.randn(old.shape, generator=generator)),
     }
 
 

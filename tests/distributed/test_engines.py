@@ -73,7 +73,8 @@ def supported(engine: str) -> list[cases.Case]:
 
 def others(engine: str) -> list[cases.Case]:
     refused = cases.REFUSED if engine == "fsdp2" else []
-    return [*cases.STOCK, *cases.BALANCED, *cases.RESUME, *cases.INFINITE, *refused]
+    kinds = (cases.STOCK, cases.BALANCED, cases.RESUME, cases.SERVED, cases.INFINITE, refused)
+    return [case for kind in kinds for case in kind]
 
 
 def launched(
@@ -121,6 +122,10 @@ def close(a: list[float], b: list[float], *, rel: float, name: str) -> None:
         assert x == pytest.approx(y, rel=rel, abs=1e-6, nan_ok=True), name
 
 
+ROUNDING = 3e-6
+"""Of float32 weights of order one, after three steps; 7e-7 at most were seen, mostly under 1e-7."""
+QUOTIENT = 5e-3
+"""Relative, of a metric under ZeRO-3 where a difference quotient stands for a derivative."""
 RATES = ("rejection_rate", "tokens")
 EXACT = ("trials", "met")
 
@@ -143,20 +148,20 @@ def test_two_processes_train_as_one(
     assert two[0]["state"] == two[1]["state"]
 
     for key in ("loss", "grad_norm"):
-        close(rows(two[0], key), rows(one, key), rel=1e-4, name=key)
+        close(rows(two[0], key), rows(one, key), rel=1e-5, name=key)
     ours = {key for row in one["log"] for key in row if key.startswith("capo/")}
     assert bool(ours) == (case != "plain")
     for key in sorted(ours):
         exact = key.rsplit("/", 1)[1] in EXACT or any(r in key for r in RATES)
-        close(rows(two[0], key), rows(one, key), rel=1e-9 if exact else 2e-3, name=key)
+        rel = QUOTIENT if case in ("deep", "depth") else 1e-4
+        close(rows(two[0], key), rows(one, key), rel=1e-9 if exact else rel, name=key)
         assert rows(two[0], key) == rows(two[1], key) or math.isnan(rows(two[1], key)[0]), key
 
     masks_agree(one["records"], [result["records"] for result in two])
     for name, expected in one["weights"].items():
-        found = two[0]["weights"][name]
-        moved = (expected - one["start"][name]).abs().max()
-        apart = (found - expected).abs().max()
-        assert apart <= 2e-3 * moved + 2e-6, f"{name}: moved {moved:.2e}, apart {apart:.2e}"
+        apart = (two[0]["weights"][name] - expected).abs().max()
+        assert apart <= ROUNDING, f"{name}: apart {apart:.2e}"
+    assert any(not torch.equal(w, one["start"][name]) for name, w in one["weights"].items())
 
 
 def masks_agree(one: list[dict[str, Any]], two: list[list[dict[str, Any]]]) -> None:
@@ -170,7 +175,7 @@ def masks_agree(one: list[dict[str, Any]], two: list[list[dict[str, Any]]]) -> N
             found = torch.cat([part[key] for part in parts])[whole["mask"]]
             scale = float(whole[key][whole["mask"]].abs().max())
             torch.testing.assert_close(
-                found, whole[key][whole["mask"]], rtol=2e-3, atol=1e-4 * scale
+                found, whole[key][whole["mask"]], rtol=1e-4, atol=1e-5 * scale
             )
     if one:
         assert any(bool((record["reason"] > 0).any()) for record in one)
@@ -196,6 +201,22 @@ def test_balancing_of_experts_is_left_alone(engine: str, together: Callable[[str
         torch.testing.assert_close(judged["weights"][name], expected, rtol=0, atol=1e-6)
         router = name.endswith("mlp.gate.weight")
         assert not router or not torch.equal(expected, stock["start"][name])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_vllm_server_is_sent_the_weights_of_finished_steps(
+    engine: str, together: Callable[[str], Path]
+) -> None:
+    first, second = results(together(engine), "served", 2)
+    assert second["received"] is None  # the first process speaks with the server
+    assert len(first["received"]) == 2
+    for received, step in zip(first["received"], (0, 2), strict=True):
+        for name, expected in first["after"][step].items():
+            assert torch.equal(received[name], expected), (step, name)
+    assert all(0 < scale < 1 for scale in rows(first, "capo/trust/scale"))
+    assert max(rows(first, "sampling/importance_sampling_ratio/max")) > 1.0
+    for name, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][name]), name
 
 
 @pytest.mark.parametrize("engine", ENGINES)

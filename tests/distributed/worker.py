@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from capo.integrations.trl import CAPOTrainer
 from distributed import fixed
 from distributed.cases import CASES, Case, build_policy
 from integrations import trl_kit as kit
+from integrations.vllm_kit import served
 
 ZERO: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": "auto",
@@ -102,6 +104,20 @@ class DieAt(TrainerCallback):  # type: ignore[misc]
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class WeightsAfter(TrainerCallback):  # type: ignore[misc]
+    """The weights at the beginning and after every step."""
+
+    def __init__(self, instance: Any) -> None:
+        self.instance = instance
+        self.found: list[dict[str, torch.Tensor]] = []
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.found.append(whole(self.instance))
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.found.append(whole(self.instance))
+
+
 def forget_deepspeed() -> None:
     """The case before may have been on ZeRO-3, under which transformers would shard the next one's model."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -137,7 +153,13 @@ def run(case: Case, engine: str, output: Path, world: int, rank: int) -> dict[st
         )
     else:
         settings["per_device_train_batch_size"] = fixed.ROWS // world
-        instance = kit.trainer(output / case.name, cls=cls, model=model, **settings)
+        with served() if case.served else nullcontext():
+            instance = kit.trainer(output / case.name, cls=cls, model=model, **settings)
+    if case.corrected:
+        instance.use_vllm = True  # as far as the loss is concerned
+    after = WeightsAfter(instance)
+    if case.served:
+        instance.add_callback(after)
     if case.infinite_at is not None:
         advantages = instance.batches[case.infinite_at]["advantages"]
         advantages[advantages.numel() - 1] = float("inf")
@@ -153,6 +175,7 @@ def run(case: Case, engine: str, output: Path, world: int, rank: int) -> dict[st
         assert torch.distributed.get_world_size() == world == 2
         assert instance.accelerator.distributed_type.value == kinds[engine]
     control = getattr(instance, "_control", None)
+    server = getattr(getattr(instance, "vllm_generation", None), "vllm_client", None)
     return {
         "start": start,
         "weights": whole(instance),
@@ -160,6 +183,8 @@ def run(case: Case, engine: str, output: Path, world: int, rank: int) -> dict[st
         "records": [vars(record) for record in records],
         "shifts": [vars(shift) for shift in shifts],
         "state": None if control is None else control.state_dict(),
+        "after": after.found,
+        "received": None if server is None else server.received,
     }
 
 

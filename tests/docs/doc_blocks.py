@@ -35,7 +35,8 @@ from capo.lab.sweep.grid import parse_grid
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# Text is output: it stands beside a command. A diff is of a verl job: tests/verl_engine has verl read it.
+# Text is output: it stands beside a command. A diff is of a TRL script (test_trl_diff.py) or of a verl job,
+# which tests/verl_engine has verl read.
 LANGUAGES = {"python", "sh", "toml", "json", "text", "diff"}
 OTHERS = {"accelerate", "torchrun", "tensorboard", "git", "cd", "export", "source", "."}
 CHEAP = {"presets", "doctor"}

@@ -180,6 +180,12 @@ def micro_batch(
     return inputs
 
 
+def causal_logits(model: Any, ids: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+    """Every position's logits from backbone and head, without TRL's fused head."""
+    hidden = model.base_model(input_ids=ids, attention_mask=attention, use_cache=False)
+    return hidden.last_hidden_state @ model.lm_head.weight.T
+
+
 def ready(instance: Any, accumulation_steps: int = 1) -> Any:
     """The state in which `training_step` would call `_compute_loss`."""
     instance.model.train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -33,3 +34,5 @@ if __name__ == "__main__":
     rank = dist.get_rank()
     (Path(output) / f"{rank}.json").write_text(json.dumps({**vars(found), "summed": summed}))
     dist.destroy_process_group()
+    # All is written; native threads of gloo may outlive the group, and a tidy exit then aborts.
+    os._exit(0)

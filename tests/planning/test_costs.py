@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 import capo
 from capo import InputError
@@ -14,6 +16,7 @@ from capo.lab.bench_plan import CASES, Runner, job_of
 from capo.planning.architecture import architecture_of
 from capo.planning.costs import costs_of
 from capo.planning.job import Job
+from capo.planning.table import SYMBOLS, show
 from capo.planning.work import HELD, Rates, device_rates
 from planning.test_architecture import LARGE, SMALL
 
@@ -161,6 +164,23 @@ def test_an_impossible_job_is_one_sentence(settings, said):
         replace(JOB, **settings)
 
 
+def test_what_crosses_nodes_is_no_faster_than_their_adapters():
+    inside, across = device_rates("b200", 8), device_rates("b200", 16)
+    assert across.link == 0.7 * 8 * 50e9 < inside.link
+    assert replace(across, link=inside.link) == inside
+
+
+@pytest.mark.parametrize(("gpus", "fits"), [(256, False), (1024, True)])
+def test_what_does_not_fit_is_said(gpus, fits):
+    costs = costs_of(architecture_of(LARGE["671 B"][2]), Job(gpus=gpus, completions=4096))
+    assert (costs.plain_memory + costs.peak() <= device_rates("h100").memory) == fits
+    said = io.StringIO()
+    show(costs, device_rates("h100", gpus), Console(file=said, width=140))
+    assert ("Does not fit:" in said.getvalue()) != fits
+    for symbol, value in costs.symbols.items():  # every symbol is explained
+        assert f"{symbol} = {value:,} {SYMBOLS[symbol]}" in said.getvalue()
+
+
 def test_top_k_and_device_are_checked(tmp_path):
     with pytest.raises(InputError, match="--top-k: must be at most the vocabulary 8192"):
         costs_of(MODEL, replace(JOB, top_k=9000))
@@ -170,5 +190,8 @@ def test_top_k_and_device_are_checked(tmp_path):
     file.write_text(
         '{"rates": {"name": "own", "flops": 1, "wide_flops": 1, "bandwidth": 0, "link": 1}}'
     )
-    with pytest.raises(InputError, match="bandwidth must be > 0"):
+    with pytest.raises(InputError, match="bandwidth must be a number > 0, got 0"):
+        device_rates(str(file))
+    file.write_text(file.read_text().replace('"bandwidth": 0', '"bandwidth": "fast"'))
+    with pytest.raises(InputError, match="bandwidth must be a number > 0, got 'fast'"):
         device_rates(str(file))

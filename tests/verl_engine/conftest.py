@@ -26,7 +26,14 @@ ENVIRONMENT = {
     "HYDRA_FULL_ERROR": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-LIMIT = 600
+LIMIT = 1200  # seconds of one launch; two minutes where nothing else runs
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whichever test comes first waits for the runs that all are about."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.timeout(LIMIT + 300))
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

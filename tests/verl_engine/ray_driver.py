@@ -6,6 +6,7 @@ Writes `FOLDER/CASE.ray.RANK.pt`, as `worker.py` does.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,18 @@ def run(case: Case, folder: Path) -> list[dict[str, Any]]:
     group.reset()
     group.set_loss_fn(loss)
     if case.resume is not None:
-        group.load_checkpoint(str(folder / f"{case.resume}.{WORLD}"))
+        group.load_checkpoint(str(folder / f"{case.resume}.ray"))
     # The controller hands every worker a contiguous part of the batch.
     chosen = [row for rank in range(WORLD) for row in job.rows_of(case, WORLD, rank)]
     rows = {name: values[chosen] for name, values in torch.load(folder / "batch.pt").items()}
     metrics = []
-    for _ in range(case.updates):
+    for update in range(case.updates):
         output = group.train_mini_batch(job.mini_batch(rows, case)).get()
         metrics.append(tu.get(output, "metrics"))
+        if case.save is not None and update == 0:
+            group.save_checkpoint(str(folder / f"{case.save}.ray"))
+        if case.die:
+            os.kill(group.observed()[-1]["pid"], signal.SIGKILL)
     observed = group.observed()
     assert {one["world"] for one in observed} == {WORLD}
     assert len({one["pid"] for one in observed} | {os.getpid()}) == WORLD + 1

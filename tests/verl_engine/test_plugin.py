@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from verl_engine.conftest import ENVIRONMENT, ROOT, python, read, succeeded, torchrun
+from verl_engine.conftest import ENVIRONMENT, HERE, ROOT, python, read, succeeded, torchrun
 
 LOOK_UP = """
 import verl
@@ -170,6 +170,21 @@ def test_a_killed_process_ends_the_job_and_its_checkpoint_loads(folder: Path) ->
     assert "Signal 9 (SIGKILL)" in killed.stderr
     succeeded(torchrun(2, folder, "after-killed", "through"))
     resumed, through = read(folder, "after-killed", "2"), read(folder, "through", "2")
+    assert [r["world"] for r in resumed] == [2, 2]
+    for name, value in through[0]["weights"].items():
+        assert value.equal(resumed[0]["weights"][name]), name
+
+
+def test_a_killed_worker_ends_the_job_under_ray_too(folder: Path) -> None:
+    def driven(*cases: str) -> subprocess.CompletedProcess[str]:
+        return python(str(HERE / "ray_driver.py"), str(folder), *cases, VERL_ENGINE_VENDOR="capo")
+
+    killed = driven("killed")
+    assert killed.returncode != 0
+    # Of the worker that died, or of the one that was left alone: which is told first is chance.
+    assert re.search("ActorDiedError|Connection closed by peer", killed.stderr)
+    succeeded(driven("after-killed", "through"))
+    resumed, through = read(folder, "after-killed", "ray"), read(folder, "through", "ray")
     assert [r["world"] for r in resumed] == [2, 2]
     for name, value in through[0]["weights"].items():
         assert value.equal(resumed[0]["weights"][name]), name

@@ -48,7 +48,7 @@ def plan(
         bool, typer.Option("--trust-region/--no-trust-region", help="Keep steps within a shift.")
     ] = True,
     sequences: Annotated[
-        int | None, typer.Option(help="Completions a step is tried on [default: as CAPO does].")
+        int | None, typer.Option(help="Completions a step is tried on; as CAPO does if not given.")
     ] = None,
     monitor: Annotated[bool, typer.Option(help="Count a CurvatureMonitor (one process).")] = False,
     device: Annotated[
@@ -84,7 +84,7 @@ def plan(
         sequences=sequences,
         monitor=monitor,
     )
-    architecture, rates = read_architecture(model), device_rates(device)
+    architecture, rates = read_architecture(model), device_rates(device, gpus)
     costs = costs_of(architecture, job)
     if as_json:
         from dataclasses import asdict

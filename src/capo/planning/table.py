@@ -10,6 +10,20 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
+SYMBOLS = {
+    "V": "rows of the head",
+    "d": "columns of the head",
+    "K": "rows that a token is judged by",
+    "P": "parameters",
+    "P_active": "that a token passes through, below the head",
+    "P_module": "of the largest module",
+    "n": "completion tokens of a micro-batch on a device",
+    "A": "micro-batches a step",
+    "M": "tokens on which a device tries a step",
+    "S": "completions on which a device tries a step",
+    "F": "forward passes for it",
+    "N": "devices",
+}
 
 
 def size(number: float, units: tuple[str, ...] = UNITS, base: float = 1000.0) -> str:
@@ -53,14 +67,20 @@ def show(costs: Costs, rates: Rates, console: Console) -> None:
         table.add_row(*_row(term, rates))
     console.print(table)
     update, added = costs.plain_seconds(rates), costs.seconds(rates)
-    symbols = ", ".join(f"{name} = {value:,}" for name, value in costs.symbols.items())
+    symbols = "; ".join(f"{k} = {value:,} {SYMBOLS[k]}" for k, value in costs.symbols.items())
+    whole = costs.plain_memory + costs.peak()
     lines = [
         f"Adds at most {size(costs.peak())} a device, of it {size(costs.held())} held, to "
         f"{size(costs.plain_memory)} of weights, gradients and Adam's moments (activations come on top).",
         f"Adds about {time(added)} to an update of {time(update)} on {rates.name}: "
         f"× {1 + added / update:.2f} (writing the completions takes as long as before).",
-        f"{symbols}.",
     ]
+    if rates.memory is not None and whole > rates.memory:
+        lines.append(
+            f"Does not fit: {size(whole)} before any activation, and an {rates.name} has "
+            f"{size(rates.memory)}. More --gpus, --moments optimizer or --no-selection take less."
+        )
+    lines.append(f"Bytes unless a unit is said; {symbols}.")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from capo.core.errors import InputError
 
@@ -60,6 +60,7 @@ class Rates:
         wide_flops: of the float32 matrix products of the curvature.
         bandwidth: bytes of its memory.
         link: bytes that it sends to others.
+        memory: bytes that it has; None where that is not known.
     """
 
     name: str
@@ -67,39 +68,64 @@ class Rates:
     wide_flops: float
     bandwidth: float
     link: float
+    memory: float | None = None
 
     def __post_init__(self) -> None:
         """Check every rate."""
-        for name in ("flops", "wide_flops", "bandwidth", "link"):
-            if not getattr(self, name) > 0:
-                raise InputError("--device", f"{name} must be > 0, got {getattr(self, name)!r}.")
+        for name in ("flops", "wide_flops", "bandwidth", "link", "memory"):
+            value = getattr(self, name)
+            if name == "memory" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise InputError("--device", f"{name} must be a number > 0, got {value!r}.")
 
 
-# Data sheets (dense bf16, TF32 × 1/3 for the three products of one in float32, memory, NVLink one way),
-# times what training jobs attain: 0.4 of the products, 0.7 of memory and links.
+class _Sheet(NamedTuple):
+    """A data sheet: dense bf16 products, TF32 × 1/3 for the three products of one in float32, memory's
+    bytes a second, NVLink one way, a node's eight network adapters together, memory."""
+
+    flops: float
+    wide_flops: float
+    bandwidth: float
+    link: float
+    network: float
+    memory: float
+
+
+# Times what training jobs attain: 0.4 of the products, 0.7 of memory and links. Adapters of 200 Gbit/s
+# beside an A100 and of 400 Gbit/s beside the others, one a device.
 _SHEETS = {
-    "a100": (312e12, 156e12 / 3, 2.0e12, 300e9),
-    "h100": (989e12, 495e12 / 3, 3.35e12, 450e9),
-    "h200": (989e12, 495e12 / 3, 4.8e12, 450e9),
-    "b200": (2250e12, 1100e12 / 3, 8.0e12, 900e9),
+    "a100": _Sheet(312e12, 156e12 / 3, 2.0e12, 300e9, 8 * 25e9, 80e9),
+    "h100": _Sheet(989e12, 495e12 / 3, 3.35e12, 450e9, 8 * 50e9, 80e9),
+    "h200": _Sheet(989e12, 495e12 / 3, 4.8e12, 450e9, 8 * 50e9, 141e9),
+    "b200": _Sheet(2250e12, 1100e12 / 3, 8.0e12, 900e9, 8 * 50e9, 180e9),
 }
 ATTAINED_FLOPS, ATTAINED_BYTES = 0.4, 0.7
+NODE = 8
+"""Devices of a node."""
 
 
-def device_rates(name: str) -> Rates:
+def device_rates(name: str, gpus: int = 1) -> Rates:
     """The rates of a device by name, or those of a JSON file that `capo bench plan` wrote.
+
+    Args:
+        name: of the device, or of the file.
+        gpus: devices of the job. Of more than one node every byte that a ring sends crosses each node's
+            adapters once, so that a device cannot send faster than they do together.
 
     Raises:
         InputError: neither such a device nor such a file is known.
     """
     if name in _SHEETS:
-        flops, wide, memory, link = _SHEETS[name]
+        sheet = _SHEETS[name]
+        link = sheet.link if gpus <= NODE else min(sheet.link, sheet.network)
         return Rates(
             name,
-            flops * ATTAINED_FLOPS,
-            wide * ATTAINED_FLOPS,
-            memory * ATTAINED_BYTES,
+            sheet.flops * ATTAINED_FLOPS,
+            sheet.wide_flops * ATTAINED_FLOPS,
+            sheet.bandwidth * ATTAINED_BYTES,
             link * ATTAINED_BYTES,
+            sheet.memory,
         )
     try:
         document: Any = json.loads(Path(name).read_text())
