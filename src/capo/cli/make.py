@@ -17,6 +17,7 @@ BENCHES = {
     "core": "capo.lab.bench_core",
     "fidelity": "capo.lab.bench_fidelity",
     "trust-region": "capo.lab.study.command",
+    "levers": "capo.lab.study.levers_command",
     "warning": "capo.lab.warning.command",
     "plan": "capo.lab.bench_plan",
     "policies": "capo.lab.bench_policies",
@@ -94,14 +95,14 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            metavar="step|core|fidelity|trust-region|warning|plan|policies",
+            metavar="step|core|fidelity|trust-region|levers|warning|plan|policies",
             help="What to measure.",
         ),
     ],
 ) -> None:
     """Time a step (step, core), judge its predictors (fidelity), compare rules (trust-region),
-    judge the early warning (warning), hold the plan against real runs (plan), pre-train and
-    measure policies (policies).
+    combine all levers (levers), judge the early warning (warning), hold the plan against real
+    runs (plan), pre-train and measure policies (policies).
     """
     if what not in BENCHES:
         raise InputError("bench", f"must be one of {', '.join(BENCHES)}, got {what!r}.")
