@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from capo.integrations._trl_head import predicting_positions
-
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
@@ -43,9 +41,10 @@ class Sample:
 
     def run(self, engine: Engine) -> Float[Tensor, "tokens d"]:
         """The backbone's output at the positions that predict the counted tokens."""
-        ids = torch.cat([self.prompt_ids, self.token_ids], dim=1)
-        hidden = engine.forward(ids, self.attention)
-        return self.at_tokens(predicting_positions(hidden, self.token_ids.size(1)))
+        # The last token predicts nothing that counts.
+        ids = torch.cat([self.prompt_ids, self.token_ids[:, :-1]], dim=1)
+        hidden = engine.forward(ids, self.attention[:, :-1])
+        return self.at_tokens(hidden[:, -self.token_ids.size(1) :])
 
     def at_tokens(self, values: Tensor) -> Tensor:
         """``values [n, T, …]`` at the counted tokens."""
@@ -82,6 +81,9 @@ def draw_sample(
         world: the processes, of whose rows together the completions are chosen. One without any
             contributes its first with weight 0, since all take part in every pass.
     """
+    batch = mask.size(0)
+    if world.alone and (sequences is None or sequences >= batch):
+        return take_rows(inputs, mask, hidden, torch.arange(batch), torch.ones(batch))
     prompts, own = world.prompts(inputs)
     rows, weight = spread(prompts, sequences, generator)
     if not world.alone:
