@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from capo.integrations._trl_head import predicting_positions
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
@@ -41,10 +43,10 @@ class Sample:
 
     def run(self, engine: Engine) -> Float[Tensor, "tokens d"]:
         """The backbone's output at the positions that predict the counted tokens."""
-        # The last token predicts nothing that counts.
-        ids = torch.cat([self.prompt_ids, self.token_ids[:, :-1]], dim=1)
-        hidden = engine.forward(ids, self.attention[:, :-1])
-        return self.at_tokens(hidden[:, -self.token_ids.size(1) :])
+        # The same positions as in training, so that the numbers are the same to the bit.
+        ids = torch.cat([self.prompt_ids, self.token_ids], dim=1)
+        hidden = engine.forward(ids, self.attention)
+        return self.at_tokens(predicting_positions(hidden, self.token_ids.size(1)))
 
     def at_tokens(self, values: Tensor) -> Tensor:
         """``values [n, T, …]`` at the counted tokens."""
