@@ -176,17 +176,21 @@ def levers_of(plan: Levers, family: Family) -> Stage[LeversResult]:
         lambda each, settings: plan.arm(family, family.name, settings, each),
         lambda ranking: composed(family, ranking),
     )
-    start = yield from judged(plan, family, arms[0], f"{family.label}: where it starts")
-    result = yield from judged(plan, family, winner, family.label)
+    # The study's own seeds first, so that a stop leaves a whole table of them.
+    for seeds in (plan.measure.seeds, plan.all_seeds):
+        start = yield from judged(plan, family, arms[0], f"{family.label}: where it starts", seeds)
+        result = yield from judged(plan, family, winner, family.label, seeds)
     own = {key: value for key, value in winner.items() if key != LEARNING_RATE}
     narrowing = Narrowing(family.name, family.label, rounds, winner, own, result)
     return LeversResult(family, narrowing, tuple(effects(family, rounds[0])), start)
 
 
-def judged(plan: Levers, family: Family, settings: Settings, label: str) -> Stage[ArmResult]:
-    """The runs of one arm on all judging seeds."""
+def judged(
+    plan: Levers, family: Family, settings: Settings, label: str, seeds: Sequence[int]
+) -> Stage[ArmResult]:
+    """The runs of one arm on these seeds."""
     arm = plan.arm(family, f"{family.name}-final", settings)
-    return (yield from race(arm, label, plan.all_seeds, family.name))
+    return (yield from race(arm, label, seeds, family.name))
 
 
 def on(result: ArmResult, seeds: Sequence[int]) -> ArmResult:
