@@ -161,7 +161,7 @@ class StepControl:
                     batch.weights,
                     None if self.world.alone else self.world.total,
                 )
-                pending = self._choose(probe, budget, lr)
+                pending = self._choose(probe, batch, budget, lr)
         pending.batch, pending.budget = batch, budget
         if now.quadratics and budget is not None:
             both = torch.tensor(now.quadratic, dtype=torch.float64, device=device)
@@ -184,6 +184,7 @@ class StepControl:
     def _choose(
         self,
         probe: Probe,
+        batch: StepBatch,
         budget: float | None,
         lr: float,
     ) -> Pending:

@@ -251,7 +251,7 @@ def cost_report(**timing: Any) -> dict[str, Any]:
         "notes": [
             f"{timing['steps'] * timing['rounds']} paired steps each on {hardware['cpu']}, CPU time, means; "
             "the machine has other work to do, so that ratios alone are to be read. *Own work*: collecting, "
-            "trials, choosing, measuring. With several passes CAPO leaves out the forward pass that TRL makes "
+            "trials, choosing, measuring. With several passes CAPO leaves out the forward pass of TRL "
             "for the old log-probabilities (the first training pass shows them), so that a whole step costs "
             "less than a TRL step and its own work.",
         ],
