@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import capo
+from capo.core.proposed import ProposedStep
 from core.cases import Case
 from core.subject import curvature
 
@@ -67,6 +68,9 @@ def test_is_what_the_optimizer_then_does(
         head.grad, other.grad = normal() * 0.1**step, normal()
         before = _snapshot(optimizer, [head, other])
         proposed = capo.proposed_step(optimizer, head)
+        moved = ProposedStep(optimizer).moved(head, head, 0.5)
+        assert moved is not None
+        assert moved.dtype == dtype
         assert _same(before, _snapshot(optimizer, [head, other]))
         assert not proposed.requires_grad
         start = head.detach().clone()
@@ -77,6 +81,8 @@ def test_is_what_the_optimizer_then_does(
         torch.testing.assert_close(
             proposed, head.detach() - start, rtol=precision, atol=precision * 0.1
         )
+        halfway = (start + head.detach()) / 2
+        torch.testing.assert_close(moved, halfway, rtol=precision, atol=precision * 0.1)
 
 
 def test_another_gradient_and_another_group() -> None:

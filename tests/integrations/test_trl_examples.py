@@ -35,8 +35,8 @@ def test_minimal_example(tmp_path: Path) -> None:
 def test_benchmark_pairs_equal_work(capsys: pytest.CaptureFixture[str]) -> None:
     """What the figure is, not how large: that is for a machine with nothing else to do."""
     result = bench_step.bench_step(steps=2, warmup=0, rounds=2, threads=1, completions=16)
-    assert len(result.plain) == len(result.capo) == len(result.judging) == 4
-    for ours, judging in zip(result.capo, result.judging, strict=True):
+    assert len(result.plain) == len(result.capo) == len(result.own) == 4
+    for ours, judging in zip(result.capo, result.own, strict=True):
         assert 0 < judging[0] < ours[0]
     assert result.ratio > 0
     bench_step.main(

@@ -122,6 +122,40 @@ def test_measuring_alone_changes_no_weight(tmp_path: Path, iterations: int) -> N
     assert watched.last_policy_shift > 0
 
 
+@pytest.mark.parametrize("overrides", [{}, {"gradient_accumulation_steps": 2}, {"beta": 0.1}])
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_a_budget_that_never_binds_trains_as_trl_does_with_a_pass_less(
+    tmp_path: Path, iterations: int, overrides: dict[str, Any]
+) -> None:
+    """TRL's pass for the sampling policy's log-probabilities is left out, and nothing else is."""
+    options = {"num_iterations": iterations, "max_steps": 6, "loss_type": "grpo", **overrides}
+    unused = {"policy_shift": 1e9, "cruise": 1.0}
+    kit.policy().save_pretrained(
+        tmp_path / "policy"
+    )  # with a KL penalty the reference is read again
+    made, passes = [], []
+    for cls, own in ((GRPOTrainer, {}), (CAPOTrainer, {"trust_region": unused})):
+        instance = kit.trainer(
+            tmp_path / cls.__name__, cls=cls, model=str(tmp_path / "policy"), **options, **own
+        )
+        inner, counted = instance._get_per_token_logps_and_entropies, []
+
+        def count(
+            *args: Any, inner: Any = inner, counted: list[int] = counted, **kwargs: Any
+        ) -> Any:
+            result = inner(*args, **kwargs)
+            counted.append(result[0] is not None)
+            return result
+
+        instance._get_per_token_logps_and_entropies = count
+        instance.train()
+        made.append(kit.weights(instance))
+        passes.append(sum(counted))
+    for name, weight in made[0].items():
+        torch.testing.assert_close(made[1][name], weight, rtol=1e-6, atol=1e-7)
+    assert passes[0] - passes[1] == (6 // iterations if iterations > 1 else 0)
+
+
 def test_the_step_is_the_optimizers_own_made_shorter(tmp_path: Path) -> None:
     """One step with scale s is AdamW's step at learning rate s · lr, weight decay included."""
     instance, _, rows = run(

@@ -13,8 +13,9 @@ from capo import InputError
 from capo.lab.study.goals import all_goals, any_learning_rate, range_goal, ratio_goal
 from capo.lab.study.outcome import ArmResult, Store
 from capo.lab.study.pool import Driver
-from capo.lab.study.report import provenances, write_report
+from capo.lab.study.report import write_report
 from capo.lab.study.stages import RangeResult, run_study
+from capo.lab.study.tables import provenances
 
 ARM = small_plan().raced("some", "small-aggressive", {})
 

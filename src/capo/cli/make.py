@@ -18,6 +18,7 @@ BENCHES = {
     "core": "capo.lab.bench_core",
     "fidelity": "capo.lab.bench_fidelity",
     "trust-region": "capo.lab.study.command",
+    "levers": "capo.lab.study.levers_command",
     "warning": "capo.lab.warning.command",
     "plan": "capo.lab.bench_plan",
     "policies": "capo.lab.bench_policies",
@@ -98,15 +99,16 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            metavar="step|core|fidelity|trust-region|warning|plan|policies|larger|gpu",
+            metavar="step|core|fidelity|trust-region|levers|warning|plan|policies|larger|gpu",
             help="What to measure.",
             autocompletion=completing.benches,
         ),
     ],
 ) -> None:
     """Time a step (step, core), judge its predictors (fidelity), compare rules (trust-region),
-    judge the early warning (warning), hold the plan against real runs (plan), pre-train and
-    measure policies (policies), train a larger one (larger), check and time a GPU (gpu).
+    combine all levers (levers), judge the early warning (warning), hold the plan against real
+    runs (plan), pre-train and measure policies (policies), train a larger one (larger), check and
+    time a GPU (gpu).
     """
     if what not in BENCHES:
         raise InputError("bench", f"must be one of {', '.join(BENCHES)}, got {what!r}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +65,27 @@ class ProposedStep:
         with torch.no_grad():
             return _proposed(self.optimizer, group, parameter, gradient)
 
+    @torch.no_grad()
+    def moved(
+        self, parameter: Float[Tensor, "..."], current: Float[Tensor, "..."], scale: float
+    ) -> Float[Tensor, "..."] | None:
+        """``current + scale · Δ`` in the dtype of ``current``; None where there is no step.
+
+        Equal to adding what calling this returns, to rounding; of Adam in half as many passes over memory.
+        """
+        group = self._groups.get(id(parameter))
+        gradient = parameter.grad
+        if self._gradients is not None:
+            gradient = self._gradients.get(id(parameter))
+        if group is None or gradient is None:
+            return None
+        value = current.detach()
+        state = self.optimizer.state.get(parameter, {})
+        if _is_plain_adam(type(self.optimizer), group, state, value, gradient):
+            return _moved_by_adam(group, state, value, gradient, scale)
+        step = _proposed(self.optimizer, group, parameter, gradient)
+        return torch.add(value.to(step.dtype), step, alpha=scale).to(value.dtype)
+
 
 def _proposed(
     optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, grad: Tensor | None
@@ -104,6 +126,37 @@ def step_from_state(
     if kind is torch.optim.Adam and group["weight_decay"]:
         loss_grad = loss_grad + group["weight_decay"] * weight  # coupled, unlike AdamW's
     return step.of_gradient(loss_grad, weight)
+
+
+def _is_plain_adam(
+    kind: type, group: dict[str, Any], state: dict[str, Any], value: Tensor, grad: Tensor
+) -> bool:
+    """Adam or AdamW with moments, all in one dtype, and nothing but decoupled decay beside them."""
+    if kind not in (torch.optim.Adam, torch.optim.AdamW) or "exp_avg" not in state:
+        return False
+    decoupled = kind is torch.optim.AdamW or group.get("decoupled_weight_decay", False)
+    if (
+        group["amsgrad"]
+        or group.get("maximize", False)
+        or (group["weight_decay"] and not decoupled)
+    ):
+        return False
+    dtypes = {each.dtype for each in (value, grad, state["exp_avg"], state["exp_avg_sq"])}
+    return dtypes <= {torch.float32} or dtypes <= {torch.float64}
+
+
+def _moved_by_adam(
+    group: dict[str, Any], state: dict[str, Any], value: Tensor, grad: Tensor, scale: float
+) -> Tensor:
+    """``value + scale · Δ`` of :class:`capo.core.steps.AdamStep`, its factors drawn out of the tensors."""
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    step, length = int(state["step"]) + 1, scale * float(group["lr"])
+    root = math.sqrt(1.0 - beta2**step)
+    first = torch.lerp(state["exp_avg"], grad, 1.0 - beta1)
+    second = torch.mul(state["exp_avg_sq"], beta2).addcmul_(grad, grad, value=1.0 - beta2)
+    second.sqrt_().add_(root * group["eps"])
+    kept = value * (1.0 - length * group["weight_decay"]) if group["weight_decay"] else value
+    return torch.addcdiv(kept, first, second, value=-length * root / (1.0 - beta1**step))
 
 
 def _group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class Sample:
 
     def run(self, engine: Engine) -> Float[Tensor, "tokens d"]:
         """The backbone's output at the positions that predict the counted tokens."""
+        # The same positions as in training, so that the numbers are the same to the bit.
         ids = torch.cat([self.prompt_ids, self.token_ids], dim=1)
         hidden = engine.forward(ids, self.attention)
         return self.at_tokens(predicting_positions(hidden, self.token_ids.size(1)))
@@ -82,6 +83,9 @@ def draw_sample(
         world: the processes, of whose rows together the completions are chosen. One without any
             contributes its first with weight 0, since all take part in every pass.
     """
+    batch = mask.size(0)
+    if world.alone and (sequences is None or sequences >= batch):
+        return take_rows(inputs, mask, hidden, torch.arange(batch), torch.ones(batch))
     prompts, own = world.prompts(inputs)
     rows, weight = spread(prompts, sequences, generator)
     if not world.alone:

@@ -9,6 +9,7 @@ DeepSpeed ZeRO (`_trl_zero.py`), one parameter at a time and only when asked.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,11 @@ class Engine:
         """The model below the head."""
         backbone: nn.Module = causal_lm(self.policy).base_model
         return backbone
+
+    @functools.cached_property
+    def head_dtype(self) -> torch.dtype:
+        """In which the head is trained."""
+        return read_head(self.policy, self.temperature).parameter.dtype
 
     @property
     def groups(self) -> list[dict[str, Any]]:

@@ -131,31 +131,37 @@ class StepControl:
         completions = self.world.total_int(now.completions, device)
 
         def hidden() -> Tensor:  # the head's own sums are done in full precision
-            with torch.no_grad(), autocast():
+            with torch.no_grad(), eval_mode(engine.policy), autocast():
                 return batch.run(engine)
 
-        with eval_mode(engine.policy), engine.reading():
+        with engine.reading():
             head = engine.head()
             lm_head = core_head(head)
             batch = make_batch(now.samples, lm_head, self.world)
             if not exact_hidden:
                 batch = batch.with_hidden(hidden(), lm_head)
-            probe = Probe(
-                engine.backbone,
-                hidden,
-                lm_head,
-                head.parameter,
-                engine.proposed_step(),
-                batch.reference,
-                batch.hidden,
-                batch.weights,
-                None if self.world.alone else self.world.total,
-            )
             lr = max(float(group["lr"]) for group in engine.groups)
             budget = self._budget(batch, self.followed.step(completions, _momentum(engine)))
             last = self._collector.last_step(lm_head, exact_hidden)
             self.length.learns = completions > 0
-            pending = self._choose(probe, batch, budget, lr, None if last is None else last[1])
+            if self.region.predictor == "measured" and last is not None and budget is not None:
+                # The same completions again: what the last step did foretells what this one will.
+                kappa = last[1] * lr**2
+                choice = self.length.choose(lambda scale: kappa * scale**2, budget, lr)
+                pending = Pending(choice, None)
+            else:
+                probe = Probe(
+                    engine.backbone,
+                    hidden,
+                    lm_head,
+                    head.parameter,
+                    engine.proposed_step(),
+                    batch.reference,
+                    batch.hidden,
+                    batch.weights,
+                    None if self.world.alone else self.world.total,
+                )
+                pending = self._choose(probe, batch, budget, lr)
         pending.batch, pending.budget = batch, budget
         if now.quadratics and budget is not None:
             both = torch.tensor(now.quadratic, dtype=torch.float64, device=device)
@@ -181,7 +187,6 @@ class StepControl:
         batch: StepBatch,
         budget: float | None,
         lr: float,
-        last_curvature: float | None,
     ) -> Pending:
         tried: dict[float, Divergence] = {}
 
@@ -190,11 +195,6 @@ class StepControl:
             return probe.mean(tried[scale]).policy
 
         if self.region.predictor == "measured":
-            if last_curvature is not None and budget is not None:
-                # The same completions again: what the last step did foretells what this one will.
-                kappa = last_curvature * lr**2
-                choice = self.length.choose(lambda scale: kappa * scale**2, budget, lr)
-                return Pending(choice, None)
             if budget is None:
                 choice = StepChoice(1.0, shift := measured(1.0), shift, 1, capped=False)
             else:

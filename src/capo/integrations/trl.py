@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,6 @@ from capo.integrations._trl_deep import DeepPass
 from capo.integrations._trl_head import (
     capture_hidden,
     predicting_positions,
-    read_head,
 )
 from capo.integrations._trl_judge import (
     REWARD,
@@ -55,6 +55,7 @@ from capo.integrations._trl_judge import (
 from capo.integrations._trl_layout import make_engine
 from capo.integrations._trl_loss import GradientGate, loss_scale_of
 from capo.integrations._trl_make import ShiftCallback, TokenWatch, make_control, make_judge
+from capo.integrations._trl_old import OldLogProbs
 from capo.integrations._trl_sharded import Engine
 from capo.integrations._trl_state import load_state, save_state
 from capo.integrations._trl_step import unwrapped_optimizer
@@ -103,6 +104,9 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self.token_callbacks = list(token_callbacks or ())
         self._judge, self._watch = make_judge(self, self._world, token_watch)
         self._control = make_control(self, self._world, list(shift_callbacks or ()))
+        # Without a step control the trainer is TRL's to the bit, its passes included.
+        scales = self._control is not None and self._control.region.scales
+        self._old = OldLogProbs(self) if scales else None
         self._known_engine: Engine | None = None
         self._unwrapped: torch.nn.Module | None = None
         self._gate: GradientGate | None = None
@@ -149,6 +153,8 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 loss: Tensor = super()._compute_loss(model, inputs)
         finally:
             self._gate = None
+        if self._old is not None:
+            self._old.keep(inputs)
         mask = inputs["completion_mask"]
         mask = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
         hidden = predicting_positions(torch.cat(passes), mask.size(1))
@@ -238,7 +244,11 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         )
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        if self._old is not None and self._old.skips():
+            return None, None, None
         log_probs, *others = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._old is not None:
+            self._old.see(log_probs)
         if self._gate is not None:
             log_probs = self._gate(log_probs)
         return (log_probs, *others)
@@ -260,12 +270,11 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         engine = self._engine()
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients()  # done already where gradients are clipped
-        dtype = read_head(engine.policy, self.temperature).parameter.dtype
         self._control.before_step(
             engine,
             self.accelerator.autocast,
             exact_hidden=self.accelerator.mixed_precision == "no"
-            and dtype in (torch.float32, torch.float64),
+            and engine.head_dtype in (torch.float32, torch.float64),
         )
 
     def _after_step(self) -> None:
@@ -301,7 +310,8 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        with nullcontext() if self._old is None else self._old.generating(self.model.training):
+            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if self._rewards is None:
             return output
         own = output["advantages"].size(0)

@@ -1,4 +1,4 @@
-"""What judging costs: a CAPO step against the same step of plain `GRPOTrainer`.
+"""What CAPO costs: a CAPO step against the same step of plain `GRPOTrainer`.
 
     python -m capo.lab.bench_step
 
@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from capo.core.errors import InputError
+from capo.lab.provenance import collect_provenance
+from capo.lab.rundir import write_text
 
 BUDGET = 1.15
 """Issue 1: a CAPO step costs at most this many plain steps."""
@@ -47,7 +51,8 @@ class StepBench:
     Attributes:
         plain: (wall, CPU) seconds of `GRPOTrainer`.
         capo: (wall, CPU) seconds of `CAPOTrainer`.
-        judging: the part of `capo` in which tokens are judged, in (wall, CPU) seconds.
+        own: the part of `capo` in which tokens are judged and steps are foreseen, shortened and measured,
+            in (wall, CPU) seconds.
         threads: CPU threads of torch.
         completions: completions in a step.
         num_iterations: optimizer steps on the same completions.
@@ -55,7 +60,7 @@ class StepBench:
 
     plain: list[Times]
     capo: list[Times]
-    judging: list[Times]
+    own: list[Times]
     threads: int
     completions: int
     num_iterations: int = 1
@@ -71,8 +76,21 @@ class StepBench:
         return sum(wall for wall, _ in self.capo) / sum(wall for wall, _ in self.plain)
 
     @property
-    def cpu_ratio(self) -> float:
+    def total_cpu_ratio(self) -> float:
         """The same of CPU time, which other processes on the machine disturb less."""
+        return sum(cpu for _, cpu in self.capo) / sum(cpu for _, cpu in self.plain)
+
+    @property
+    def own_share(self) -> float:
+        """CPU time of CAPO's own work / all of the plain trainer's.
+
+        What CAPO spares elsewhere (TRL's pass for old log-probabilities) is not set off against it.
+        """
+        return sum(cpu for _, cpu in self.own) / sum(cpu for _, cpu in self.plain)
+
+    @property
+    def cpu_ratio(self) -> float:
+        """`ratio` of CPU time."""
         return self._ratio(1)
 
     def _ratio(self, clock: int) -> float:
@@ -100,9 +118,10 @@ class StepBench:
                 f"  {'':<22}{'wall':>12} {'CPU':>12}",
                 row("GRPOTrainer, a step", self.plain),
                 row("CAPOTrainer, a step", self.capo),
-                *([row("  of it judging", self.judging)] if self.judging else []),
+                *([row("  of it CAPO's own", self.own)] if self.own else []),
                 f"  {'ratio':<22}{self.ratio:9.3f}    {self.cpu_ratio:9.3f}",
-                f"  {'ratio of the sums':<22}{self.total_ratio:9.3f}",
+                f"  {'ratio of the sums':<22}{self.total_ratio:9.3f}    {self.total_cpu_ratio:9.3f}",
+                f"  {'own work / plain':<22}{'':9}    {self.own_share:9.3f}",
                 f"  {verdict} the budget of {BUDGET}",
             ]
         )
@@ -151,7 +170,7 @@ def bench_step(
         raise InputError("num_iterations", f"must divide steps and warmup, got {num_iterations}")
     capo_settings.setdefault("selection", "capo")
     capo_settings.setdefault("trust_region", None)
-    times: dict[str, list[Times]] = {"plain": [], "capo": [], "judging": []}
+    times: dict[str, list[Times]] = {"plain": [], "capo": [], "own": []}
     with _torch_threads(threads), tempfile.TemporaryDirectory() as directory:
         run = _Runner(
             policy, completions, steps + warmup, num_iterations, num_generations, directory
@@ -160,12 +179,83 @@ def bench_step(
             # Whoever goes second may find a cooler or a busier machine: take turns.
             order = ("plain", "capo") if index % 2 == 0 else ("capo", "plain")
             for name in order:
-                seconds, judging = run(name, seed=index, **capo_settings)
+                seconds, own = run(name, seed=index, **capo_settings)
                 times[name] += seconds[warmup:]
-                times["judging"] += judging[warmup:]
+                times["own"] += own[warmup:]
     return StepBench(
         **times, threads=threads, completions=completions, num_iterations=num_iterations
     )
+
+
+SIZES = {  # completions, steps on a batch, completions of a prompt
+    "96 completions, one pass": (96, 1, 8),
+    "24 completions, four passes": (24, 4, 8),
+    "8 completions, four passes (the default)": (8, 4, 4),
+}
+SHARE = 0.05
+"""What the default predictor may cost, as a share of a step."""
+
+
+def cost_report(**timing: Any) -> dict[str, Any]:
+    """The trust region's cost at every one of ``SIZES``, as the study's report shows it.
+
+    Args:
+        **timing: of :func:`bench_step`: steps, warmup, rounds, threads, policy.
+    """
+    rows, goals = [], []
+    for name, (completions, passes, group) in SIZES.items():
+        made = bench_step(
+            completions=completions,
+            num_iterations=passes,
+            num_generations=group,
+            selection=None,
+            trust_region="auto",
+            **timing,
+        )
+        plain, ours, own = (
+            1e3 * sum(cpu for _, cpu in times) / len(times)
+            for times in (made.plain, made.capo, made.own)
+        )
+        rows.append(
+            {
+                "completions a step": completions,
+                "steps on a batch": passes,
+                "completions a prompt": group,
+                "GRPO step (CPU ms)": round(plain, 1),
+                "with trust region (CPU ms)": round(ours, 1),
+                "of it its own work (CPU ms)": round(own, 2),
+                "own work / GRPO step": round(made.own_share, 3),
+                "ratio of the steps": round(made.total_cpu_ratio, 3),
+            }
+        )
+        for what, goal, value, limit in (
+            ("own work", f"≤ {SHARE:g} of a step", made.own_share, SHARE),
+            ("whole step", f"ratio ≤ {1 + SHARE:g}", made.total_cpu_ratio, 1 + SHARE),
+        ):
+            reached = value <= limit
+            goals.append(
+                {
+                    "name": f"cost, {name}, {what}",
+                    "goal": goal,
+                    "value": f"{value:.3f}",
+                    "reached": reached,
+                }
+            )
+    hardware = collect_provenance()["hardware"]
+    return {
+        "title": "Cost of the default predictor",
+        "command": "capo bench step --cost results/trust_region/cost.json "
+        + " ".join(f"--{key} {value}" for key, value in timing.items() if key != "policy"),
+        "rows": rows,
+        "goals": goals,
+        "notes": [
+            f"{timing['steps'] * timing['rounds']} paired steps each on {hardware['cpu']}, CPU time, means; "
+            "the machine has other work to do, so that ratios alone are to be read. *Own work*: collecting, "
+            "trials, choosing, measuring. With several passes CAPO leaves out the forward pass of TRL "
+            "for the old log-probabilities (the first training pass shows them), so that a whole step costs "
+            "less than a TRL step and its own work.",
+        ],
+    }
 
 
 class _Runner:
@@ -226,11 +316,11 @@ class _Runner:
             train_dataset=self.dataset,
             processing_class=policy.tokenizer,
         )
-        watch, judging = _stopwatch(), _JudgingTime(trainer)
+        watch, own = _stopwatch(), _OwnTime(trainer)
         trainer.add_callback(watch)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        return watch.steps, judging.per_step(self.steps)
+        return watch.steps, own.per_step(self.steps)
 
     def _reward(self, prompts: list[str], completions: list[str], **_: Any) -> list[float]:
         return [
@@ -258,26 +348,28 @@ def _stopwatch() -> Any:
     return Stopwatch()
 
 
-class _JudgingTime:
-    """Time spent in a trainer's judge; nothing is wrapped where there is none."""
+class _OwnTime:
+    """Time spent in a trainer's judge and in its step control; nothing is wrapped where there is none."""
 
     def __init__(self, trainer: Any) -> None:
         self.calls: list[Times] = []
-        judge = getattr(trainer, "_judge", None)
-        if judge is None:
-            return
-        inner = judge.judge
+        around_step = ("collect", "before_step", "restore", "after_step")
+        for part, names in {"_judge": ("judge",), "_control": around_step}.items():
+            owner = getattr(trainer, part, None)
+            for name in names if owner is not None else ():
+                setattr(owner, name, self._timed(getattr(owner, name)))
 
-        def timed(*args: Any) -> Any:
+    def _timed(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
             started = _now()
-            verdict = inner(*args)
+            result = inner(*args, **kwargs)
             self.calls.append(_since(started))
-            return verdict
+            return result
 
-        judge.judge = timed
+        return timed
 
     def per_step(self, steps: int) -> list[Times]:
-        """One entry per step, or none."""
+        """One entry per step, or none: every step has the same calls, in the same order."""
         share = len(self.calls) // steps
         groups = [self.calls[i * share : (i + 1) * share] for i in range(steps)] if share else []
         return [(sum(wall for wall, _ in g), sum(cpu for _, cpu in g)) for g in groups]
@@ -310,12 +402,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--trust-region", default="none", help="auto, a policy shift, or none")
     parser.add_argument("--num-iterations", type=int, default=1, help="steps on a batch")
     parser.add_argument("--num-generations", type=int, default=8, help="completions of a prompt")
+    parser.add_argument(
+        "--cost",
+        metavar="FILE",
+        type=Path,
+        help="measure the trust region at the sizes of the report instead, and write them there",
+    )
     options = vars(parser.parse_args(arguments))
+    cost = options.pop("cost")
     if options["selection"] == "none":
         options["selection"] = None
     warnings.simplefilter("ignore", FutureWarning)  # TRL and transformers about each other
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    print(bench_step(**options).summary())
+    if cost is None:
+        print(bench_step(**options).summary())
+        return
+    timing = {key: options[key] for key in ("steps", "warmup", "rounds", "threads", "policy")}
+    write_text(cost, json.dumps(cost_report(**timing), indent=1, ensure_ascii=False) + "\n")
+    print(f"written: {cost}")
 
 
 if __name__ == "__main__":

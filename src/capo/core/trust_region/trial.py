@@ -26,7 +26,7 @@ StepOf = Callable[[nn.Parameter], "Tensor | None"]
 
 @runtime_checkable
 class Moves(Protocol):
-    """A step that knows better than to be gathered and added: one of sharded parameters."""
+    """A step that knows better than to be made and added: a shorter formula, or sharded parameters."""
 
     def __call__(self, parameter: nn.Parameter, /) -> Tensor | None:
         """As any :data:`StepOf`."""
@@ -56,10 +56,12 @@ class StepTrial:
     ) -> None:
         self.model = model
         self.step_of = step_of
-        chosen = set(model.modules() if modules is None else modules)
+        chosen = None if modules is None else set(modules)
         # As the optimizer knows them: what a module runs with may be another tensor (a gathered shard).
         self._owners = {
-            m: own for m in model.modules() if m in chosen and (own := _own_parameters(m))
+            m: own
+            for m in model.modules()
+            if (chosen is None or m in chosen) and (own := _own_parameters(m))
         }
         # Modules whose parameters are read by others without a call (PEFT's parameter dicts, say).
         self._not_called: set[nn.Module] = set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,22 @@ from capo.lab.study.goals import (
     final_median,
     survived_text,
 )
-from capo.lab.study.jobs import BATCH, GROUP, ITERATIONS, LEARNING_RATE, SCHEDULE, rate
-from capo.lab.study.outcome import ArmResult, Outcome
+from capo.lab.study.jobs import rate
+from capo.lab.study.outcome import Outcome
 from capo.lab.study.stages import Narrowing, StudyResult
 from capo.lab.study.statistics import Estimate, Value
+from capo.lab.study.tables import (
+    cell,
+    narrowing_data,
+    narrowings,
+    origins,
+    provenances,
+    races_table,
+    seconds_of,
+    section,
+)
 
 EXTRAS = ("fidelity.json", "cost.json")  # written by others into the report's folder
-SHOWN = 5  # arms of a round of narrowing in the report; all are in summary.json
 
 
 def write_report(study: StudyResult, outcomes: Sequence[Outcome], output: Path) -> list[Goal]:
@@ -49,10 +58,12 @@ def write_report(study: StudyResult, outcomes: Sequence[Outcome], output: Path) 
     sections = [
         _head(study, outcomes),
         _goals(goals),
-        _races(study),
+        races_table("Completions to the target", study.races, study.plan.measure.target)
+        if study.races
+        else "",
         _ranges(study),
         _conservative(study),
-        _narrowings(study),
+        narrowings(_all_narrowings(study)),
         *(_extra_section(name, extra) for name, extra in extras.items()),
         "\n".join(
             f"![{figure.title}]({figure.slug}.png)\n\n{figure.caption}\n" for figure in figures
@@ -98,31 +109,8 @@ def summarise(study: StudyResult, outcomes: Sequence[Outcome]) -> dict[str, Any]
             for result in study.ranges
         ],
         "collapse_search": vars(study.conservative.search) if study.conservative else None,
-        "narrowings": [
-            {
-                "name": each.name,
-                "winner": each.winner,
-                "rounds": [
-                    [{"settings": s, "score": score, "runs": n} for s, score, n in arms]
-                    for arms in each.rounds
-                ],
-            }
-            for each in _all_narrowings(study)
-        ],
+        "narrowings": [narrowing_data(each) for each in _all_narrowings(study)],
     }
-
-
-def provenances(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
-    """The distinct commits and machines behind the runs, with how many runs each has."""
-    found: dict[str, dict[str, Any]] = {}
-    for outcome in outcomes:
-        origin = {
-            key: outcome.provenance.get(key)
-            for key in ("git_commit", "git_dirty", "hardware", "packages", "python")
-        }
-        entry = found.setdefault(json.dumps(origin, sort_keys=True), {**origin, "runs": 0})
-        entry["runs"] += 1
-    return sorted(found.values(), key=lambda entry: -int(entry["runs"]))
 
 
 # Sections
@@ -130,16 +118,7 @@ def provenances(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
 
 def _head(study: StudyResult, outcomes: Sequence[Outcome]) -> str:
     measure = study.plan.measure
-    seconds = sum(o.seconds for o in outcomes if math.isfinite(o.seconds))
-    origins = []
-    for origin in provenances(outcomes):
-        hardware = origin["hardware"] or {}
-        commit = str(origin["git_commit"] or "unknown")[:10]
-        commit += " with uncommitted changes" if origin["git_dirty"] else ""
-        origins.append(
-            f"- {origin['runs']} runs at commit {commit} on {hardware.get('cpu', 'unknown')} "
-            f"({hardware.get('cores', '?')} cores), one thread each"
-        )
+    seconds = seconds_of(outcomes)
     preset = f" --preset {study.plan.preset}"
     return "\n".join(
         [
@@ -150,7 +129,7 @@ def _head(study: StudyResult, outcomes: Sequence[Outcome]) -> str:
             "",
             f"{len(outcomes)} runs, {seconds / 3600:.1f} core hours, seeds {_list(measure.seeds)} "
             "for every figure below, other seeds for every choice.",
-            *origins,
+            *origins(outcomes),
             "",
             f"*Completions to {measure.target:g}*: the completions at the third of three "
             f"evaluations in a row whose mean is at least {measure.target:g}; "
@@ -169,28 +148,6 @@ def _goals(goals: Sequence[Goal]) -> str:
     return "\n".join(["## Goals", "", *(f"- {goal.sentence}" for goal in goals), ""])
 
 
-def _races(study: StudyResult) -> str:
-    if not study.races:
-        return ""
-    target = study.plan.measure.target
-    rows = []
-    for result in study.races:
-        estimate = completions_estimate(result)
-        reached = sum(o.to_target is not None for o in result.outcomes)
-        rows.append(
-            [
-                result.label,
-                _settings(result),
-                estimate.text(),
-                f"{reached} of {len(result.outcomes)}",
-                str(result.collapses),
-                ", ".join(str(o.to_target or f"> {o.completions}") for o in result.outcomes),
-            ]
-        )
-    head = ["arm", "settings", f"completions to {target:g}", "reached", "collapsed", "per seed"]
-    return _section("Completions to the target", head, rows)
-
-
 def _ranges(study: StudyResult) -> str:
     if not study.ranges:
         return ""
@@ -204,7 +161,7 @@ def _ranges(study: StudyResult) -> str:
                 cells[learning_rate] = f"{final_median(point):.3f} [{min(finals):.3f}, "
                 cells[learning_rate] += f"{max(finals):.3f}], {point.collapses} of {len(finals)}"
         rows.append([result.label, *cells.values(), survived_text(result)])
-    text = _section(
+    text = section(
         "Final accuracy over the learning rate",
         ["arm", *(rate(each) for each in rates), "survived"],
         rows,
@@ -224,7 +181,7 @@ def _conservative(study: StudyResult) -> str:
     rows = [[rate(each), f"{fallen} of {made}"] for each, fallen, made in search.points]
     needed, seeds = study.plan.collapse.needed, len(study.plan.measure.seeds)
     found = "none was found" if search.lowest is None else f"it is {rate(search.lowest)}"
-    text = _section("Where aggressive GRPO collapses", ["learning rate", "collapsed"], rows)
+    text = section("Where aggressive GRPO collapses", ["learning rate", "collapsed"], rows)
     return text + (
         f"\nThe lowest learning rate of the √2 grid at which at least {needed} of {seeds} seeds "
         f"collapse: {found}. A point is given up once so many seeds have survived that the others "
@@ -232,72 +189,14 @@ def _conservative(study: StudyResult) -> str:
     )
 
 
-def _narrowings(study: StudyResult) -> str:
-    parts = []
-    for each in _all_narrowings(study):
-        rows = []
-        for index, arms in enumerate(each.rounds):
-            for settings, score, runs in arms[:SHOWN]:
-                words = _words(settings)
-                rows.append([f"{index + 1} ({len(arms)} arms)", words, f"{score:,.0f}", str(runs)])
-        head = ["round", f"settings (best {SHOWN})", "mean score", "runs"]
-        parts.append(_section(f"Narrowing: {each.label}", head, rows) + _edges(each))
-    if not parts:
-        return ""
-    note = (
-        "\nScore: completions to the target; a run that did not reach it counts its round's budget "
-        "and the missing share of accuracy on top. Every round has fresh seeds, and the winner's "
-        "figures above are of seeds that chose nothing.\n"
-    )
-    return "\n".join(parts) + note
-
-
-def _edges(narrowing: Narrowing) -> str:
-    """Where the best settings are the outermost that were tried, the best may lie beyond."""
-    edges = []
-    for key, value in narrowing.winner.items():
-        tried = {settings[key] for settings, _, _ in (narrowing.rounds or ((),))[0]}
-        if len(tried) > 1 and isinstance(value, int | float) and value in (min(tried), max(tried)):
-            edges.append(_words({key: value}))
-    return f"\nAt the edge of what was tried: {', '.join(edges)}.\n" if edges else ""
-
-
 def _extra_section(name: str, extra: dict[str, Any]) -> str:
     rows = extra.get("rows", [])
     head = list(dict.fromkeys(key for row in rows for key in row))
     title = extra.get("title", name.removesuffix(".json").capitalize())
-    text = _section(title, head, [[_cell(row.get(key)) for key in head] for row in rows])
+    text = section(title, head, [[cell(row.get(key)) for key in head] for row in rows])
     if "command" in extra:
         text += f"\nCommand: `{extra['command']}`.\n"
     return text + "".join(f"\n{note}\n" for note in extra.get("notes", []))
-
-
-def _section(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"## {title}", "", _line(head), _line(["---"] * len(head)), *map(_line, rows)]
-    return "\n".join(lines) + "\n"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
-
-
-def _settings(result: ArmResult) -> str:
-    return f"`{result.arm.preset}` " + ", ".join(f"`{each}`" for each in result.arm.overrides)
-
-
-def _words(settings: dict[str, Any]) -> str:
-    short = {
-        LEARNING_RATE: "lr",
-        BATCH: "batch",
-        GROUP: "group",
-        ITERATIONS: "iterations",
-        SCHEDULE: "schedule",
-    }
-    return ", ".join(f"{short.get(key, key)} {_cell(value)}" for key, value in settings.items())
 
 
 def _list(seeds: Sequence[int]) -> str:

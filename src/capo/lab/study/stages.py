@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from capo.lab.study.jobs import BATCH, GROUP, ITERATIONS, LEARNING_RATE, SCHEDULE, Arm, Job, slug
 from capo.lab.study.outcome import ArmResult, Outcome
-from capo.lab.study.plan import Family, Plan, Variant
+from capo.lab.study.plan import Family, Plan, Round, Variant
 
 T = TypeVar("T")
 Stage = Generator[list[Job], list[Outcome | None], T]
@@ -229,6 +229,61 @@ def score(outcome: Outcome, budget: int) -> float:
     return budget * (1 + max(0.0, outcome.target - outcome.recent_accuracy))
 
 
+Settings = dict[str, Any]
+Ranking = tuple[tuple[Settings, float, int], ...]
+"""Arms of a round, best first: settings, mean score, runs so far."""
+
+
+def halve(
+    arms: Sequence[Settings],
+    rounds: Sequence[Round],
+    arm_of: Callable[[Round, Settings], Arm],
+    compose: Callable[[Ranking], Settings] | None = None,
+) -> Stage[tuple[Settings, tuple[Ranking, ...]]]:
+    """Successive halving: rounds of fresh seeds, fewer arms in each.
+
+    Args:
+        arms: what is compared, as settings.
+        rounds: of which each keeps its share of the arms.
+        arm_of: what is run of settings in a round.
+        compose: makes one more arm of what the first round shows; it makes up for that round's runs.
+
+    Returns:
+        the best arm, and every round.
+    """
+    arms = list(arms)
+    runs: list[list[float]] = [[] for _ in arms]
+    standing = list(range(len(arms)))
+    rankings: list[Ranking] = []
+
+    def run(each: Round, indices: Sequence[int]) -> Stage[None]:
+        jobs = [arm_of(each, arms[index]).job(seed) for index in indices for seed in each.seeds]
+        outcomes = everything((yield jobs))
+        for position, index in enumerate(indices):
+            own = outcomes[position * len(each.seeds) : (position + 1) * len(each.seeds)]
+            runs[index] += [score(outcome, each.budget) for outcome in own]
+
+    def mean(index: int) -> float:
+        return sum(runs[index]) / len(runs[index])
+
+    for number, each in enumerate(rounds):
+        if len(standing) == 1:
+            break
+        yield from run(each, standing)
+        standing.sort(key=lambda index: (mean(index), index))
+        rankings.append(tuple((arms[i], mean(i), len(runs[i])) for i in standing))
+        standing = standing[: each.kept(len(standing))]
+        if number == 0 and compose is not None:
+            composed = compose(rankings[0])
+            if composed not in arms:
+                arms.append(composed)
+                runs.append([])
+                yield from run(each, [len(arms) - 1])
+            if (index := arms.index(composed)) not in standing:
+                standing.append(index)
+    return arms[standing[0]], tuple(rankings)
+
+
 def narrow(plan: Plan, family: Family, start: Mapping[str, Any], **fixed: Any) -> Stage[Narrowing]:
     """Rounds of fresh seeds, fewer arms in each; then the winner's final on the measure's seeds.
 
@@ -239,25 +294,9 @@ def narrow(plan: Plan, family: Family, start: Mapping[str, Any], **fixed: Any) -
         **fixed: axes that are held at one value (dots as ``__``).
     """
     arms = [{**start, **family.set, **each} for each in family.combinations(**fixed)]
-    runs: list[list[float]] = [[] for _ in arms]
-    standing = list(range(len(arms)))
-    rounds = []
-    for each in plan.rounds:
-        if len(standing) == 1:
-            break
-        jobs = [
-            plan.screened(family, each, arms[index]).job(seed)
-            for index in standing
-            for seed in each.seeds
-        ]
-        outcomes = everything((yield jobs))
-        for position, index in enumerate(standing):
-            own = outcomes[position * len(each.seeds) : (position + 1) * len(each.seeds)]
-            runs[index] += [score(outcome, each.budget) for outcome in own]
-        standing.sort(key=lambda index: (sum(runs[index]) / len(runs[index]), index))
-        rounds.append(tuple((arms[i], sum(runs[i]) / len(runs[i]), len(runs[i])) for i in standing))
-        standing = standing[: each.kept(len(standing))]
-    winner = arms[standing[0]]
+    winner, rounds = yield from halve(
+        arms, plan.rounds, lambda each, settings: plan.screened(family, each, settings)
+    )
     keys = {*family.axes, *family.set} - {LEARNING_RATE}
     own_settings = {key: value for key, value in winner.items() if key in keys}
     name = family.name if not fixed else f"{family.name}-same-batch"
@@ -266,7 +305,7 @@ def narrow(plan: Plan, family: Family, start: Mapping[str, Any], **fixed: Any) -
     shown = {key: value for key, value in winner.items() if key not in family.set}
     arm = plan.raced(f"{family.name}-{slug(shown)}", preset, winner)
     result = yield from race(arm, label, plan.measure.seeds, name)
-    return Narrowing(name, label, tuple(rounds), winner, own_settings, result)
+    return Narrowing(name, label, rounds, winner, own_settings, result)
 
 
 @dataclass(frozen=True)
