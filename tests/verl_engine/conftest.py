@@ -26,7 +26,7 @@ ENVIRONMENT = {
     "HYDRA_FULL_ERROR": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-LIMIT = 1200  # seconds of one launch; two minutes where nothing else runs
+LIMIT = 1200  # seconds of one launch: some minutes, more on a busy machine
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
