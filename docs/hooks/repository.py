@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, InclusionLevel
 
 sys.path.insert(0, str(Path(__file__).parent))  # MkDocs loads a hook by its path
 
-from results_pages import directory_page, overview
+from results_pages import PUBLISHED, directories, directory_page, overview
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -30,7 +30,6 @@ PAGES = {  # repository path -> page of the site
     "CHANGELOG.md": "changelog.md",
     "src/capo/core/README.md": "core.md",
 }
-PUBLISHED = {".png", ".svg", ".csv", ".json", ".toml"}  # of results/, beside the pages
 OVERVIEW = "<!-- results -->"
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 _FENCE = re.compile(r"^(```|~~~).*?^\1\s*$", flags=re.DOTALL | re.MULTILINE)
@@ -87,16 +86,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that live outside docs/."""
     for source, page in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
-    for directory in sorted(p for p in (ROOT / "results").iterdir() if p.is_dir()):
-        page = File.generated(
-            config, f"results/{directory.name}/index.md", content=directory_page(directory)
-        )
+    for directory in directories(ROOT / "results"):
+        name = directory.relative_to(ROOT).as_posix()
+        page = File.generated(config, f"{name}/index.md", content=directory_page(directory))
         page.inclusion = InclusionLevel.NOT_IN_NAV  # the overview leads there
         files.append(page)
-        for path in sorted(directory.rglob("*")):
-            if path.suffix in PUBLISHED:
-                name = path.relative_to(ROOT).as_posix()
-                files.append(File.generated(config, name, abs_src_path=str(path)))
+    for path in sorted((ROOT / "results").glob("*/**/*")):
+        if path.suffix in PUBLISHED:
+            name = path.relative_to(ROOT).as_posix()
+            files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+PUBLISHED = {".png", ".svg", ".csv", ".json", ".toml"}  # beside the pages
 MOST_ROWS = 40
 MOST_COLUMNS = 14
 
@@ -29,11 +30,21 @@ def directory_page(directory: Path) -> str:
         ]
         if tables:
             parts += [f"## Recorded in `{path.name}`\n", *tables]
-    listed = sorted(p for p in directory.rglob("*") if p.is_file() and p != readme)
+    listed = sorted(
+        path
+        for path in directory.rglob("*")
+        if path.suffix in PUBLISHED or (path.name == "README.md" and path != readme)
+    )
     names = [path.relative_to(directory).as_posix() for path in listed]
     if names:
         parts.append("## Files\n\n" + "\n".join(f"- [{name}]({name})" for name in names) + "\n")
     return "\n".join(parts)
+
+
+def directories(results: Path) -> list[Path]:
+    """Those that have a page: every one at the top, and below it those with a README."""
+    top = {path for path in results.iterdir() if path.is_dir()}
+    return sorted(top | {path.parent for path in results.glob("*/**/README.md")})
 
 
 def overview(results: Path) -> str:
