@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from capo.lab.run import accuracy_reward, train
+from capo.lab.ingredients import accuracy_reward
+from capo.lab.run import train
 from capo.lab.rundir import RunDirectory
 from capo.tasks import load_task
 from run_kit import tiny

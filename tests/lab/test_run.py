@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from capo import InputError
+from capo.lab.ingredients import accuracy_reward
 from capo.lab.progress import Progress
-from capo.lab.run import Interrupted, accuracy_reward, train
+from capo.lab.run import Interrupted, train
 from capo.lab.rundir import RunDirectory
 from capo.policies import load_policy
 from capo.tasks import load_task

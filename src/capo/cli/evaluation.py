@@ -80,7 +80,8 @@ def _evaluate_task(
 ) -> None:
     from capo.lab.config import EvalSection
     from capo.lab.evaluate import evaluate as measure
-    from capo.lab.run import load_configured_task, quiet_libraries
+    from capo.lab.ingredients import load_configured_task
+    from capo.lab.run import quiet_libraries
     from capo.lab.sources import parse_override
 
     quiet_libraries()

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capo.core.errors import InputError
-from capo.lab.config import (
-    Config,
-    RuleTable,
-    ThresholdsTable,
-    TokenRuleTable,
-    check_vocabulary,
-    parse_config,
-)
-from capo.lab.devices import check_device, precision
+from capo.lab.config import Config, parse_config
+from capo.lab.devices import precision
+from capo.lab.ingredients import Ingredients, accuracy_reward, prepare
 from capo.lab.monitoring import attach_monitor, monitored_every
 from capo.lab.progress import Progress
 from capo.lab.provenance import collect_provenance, dirty_diff
@@ -33,11 +25,10 @@ from capo.lab.rundir import OUT_OF_TIME, RunDirectory, write_text
 if TYPE_CHECKING:
     import torch
 
-    from capo.integrations.trl import CAPOConfig, CAPOTrainer
+    from capo.integrations.trl import CAPOTrainer
     from capo.lab.evaluate import Evaluation
     from capo.lab.recorder import StopRequest
-    from capo.policies import Policy
-    from capo.tasks import Problem, Task
+    from capo.tasks import Problem
 
 
 _DEFAULT = "its default"
@@ -59,17 +50,6 @@ class Interrupted(Exception):  # noqa: N818 - the run is not in error
             f"continue with: capo train --resume --output {output}"
         )
         self.output, self.step, self.steps = output, step, steps
-
-
-@dataclass(frozen=True)
-class Ingredients:
-    """Everything that a run needs and that can be wrong, loaded before anything is written."""
-
-    policy: Policy
-    task: Task
-    train_problems: list[Problem]
-    eval_problems: list[Problem]
-    arguments: CAPOConfig
 
 
 def train(
@@ -167,45 +147,6 @@ def check_resumable(directory: RunDirectory, config: Config) -> None:
                     f"the run in {str(directory.path)!r} has {before!r} and "
                     f"cannot be resumed with {value!r}.",
                 )
-
-
-def prepare(config: Config, directory: RunDirectory) -> Ingredients:
-    """Load the policy, the task and its problems, and check them against ``config``.
-
-    Raises:
-        InputError: anything that does not fit.
-    """
-    from capo.policies import load_policy
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("WORLD_SIZE", "capo train runs in one process, got more than 1.")
-    check_device(config)
-    task = load_configured_task(config.task.name, config.task.params)
-    policy = load_policy(config.policy.path)
-    check_vocabulary(config, policy.model.get_output_embeddings().weight.shape[0])
-    eval_problems = _problems(task.eval_problems, config.eval.problems, config.eval.seed, "eval")
-    return Ingredients(
-        policy=policy,
-        task=task,
-        train_problems=_training_problems(config, task, policy),
-        eval_problems=eval_problems,
-        arguments=_trainer_arguments(config, directory, task),
-    )
-
-
-def load_configured_task(name: str, params: dict[str, Any]) -> Task:
-    """The task of a configuration, with errors named by its keys.
-
-    Raises:
-        InputError: ``task.name`` or ``task.params.…``.
-    """
-    from capo.tasks import load_task
-
-    try:
-        return load_task(name, **params)
-    except InputError as error:
-        field = "task.name" if error.field == "task" else f"task.params.{error.field}"
-        raise InputError(field, error.message) from None
 
 
 def quiet_libraries() -> None:
@@ -375,133 +316,8 @@ def _momentum(config: Config, ingredients: Ingredients) -> torch.optim.Optimizer
     )
 
 
-def accuracy_reward(task: Task) -> Callable[..., list[float]]:
-    """The task's grader as a reward function of TRL, with the noise that the task may have."""
-    from capo.tasks import Problem, grade_many
-    from capo.tasks.sums import Sums
-
-    def accuracy(
-        prompts: list[str], completions: list[str], answer: list[str], id: list[str], **_: Any
-    ) -> list[float]:
-        problems = [Problem(*columns) for columns in zip(prompts, answer, id, strict=True)]
-        if isinstance(task, Sums) and task.reward_noise:
-            pairs = enumerate(zip(completions, problems, strict=True))
-            return [task.training_reward(text, problem, draw) for draw, (text, problem) in pairs]
-        return grade_many(task, completions, problems)
-
-    return accuracy
-
-
 def _dataset(problems: list[Problem]) -> Any:
     from datasets import Dataset
 
     columns = ("prompt", "answer", "id")
     return Dataset.from_dict({name: [getattr(p, name) for p in problems] for name in columns})
-
-
-def _training_problems(config: Config, task: Task, policy: Policy) -> list[Problem]:
-    """The problems of every step, in the order of training: exactly as many as the run uses.
-
-    The order is laid out here rather than left to the trainer's sampler, whose shuffling of a
-    second epoch depends on whether the first ran in the same process.
-    """
-    training = config.training
-    prompts_per_step = training.completions_per_step // training.num_generations
-    needed = prompts_per_step * -(-config.steps // config.algorithm.num_iterations)
-    wanted = min(needed, config.task.train_problems or needed)
-    pool = _problems(task.train_problems, wanted, config.run.seed, "task.train")
-    if training.max_prompt_tokens is not None:
-        limit, tokenizer = training.max_prompt_tokens, policy.tokenizer
-        pool = [p for p in pool if len(tokenizer(p.prompt)["input_ids"]) <= limit]
-        if not pool:
-            raise InputError(
-                "training.max_prompt_tokens", f"no problem's prompt has at most {limit} tokens."
-            )
-    rng = random.Random(f"order {config.run.seed}")
-    problems: list[Problem] = []
-    while len(problems) < needed:
-        problems += rng.sample(pool, len(pool))
-    return problems[:needed]
-
-
-def _problems(
-    draw: Callable[[int, int], list[Problem]], n: int, seed: int, section: str
-) -> list[Problem]:
-    try:
-        return draw(n, seed)
-    except InputError as error:
-        separator = "_" if section == "task.train" else "."
-        raise InputError(f"{section}{separator}problems", error.message) from None
-
-
-def _trainer_arguments(config: Config, directory: RunDirectory, task: Task) -> CAPOConfig:
-    """The whole configuration in TRL's terms."""
-    from capo.integrations.trl import CAPOConfig
-
-    training, algorithm, capo = config.training, config.algorithm, config.capo
-    assert training.micro_batch is not None
-    selection: Any = capo.selection
-    if selection is None and capo.watch:
-        selection = ThresholdsTable()  # no threshold: every token is judged and kept
-    if isinstance(selection, ThresholdsTable):
-        selection = selection.model_dump(mode="json")
-    elif isinstance(selection, RuleTable):
-        selection = selection.model_dump(mode="json", exclude_none=True)
-    elif isinstance(selection, TokenRuleTable):
-        selection = selection.spec()
-    return CAPOConfig(
-        output_dir=str(directory.checkpoints),
-        seed=config.run.seed,
-        # batches
-        per_device_train_batch_size=training.micro_batch,
-        gradient_accumulation_steps=training.completions_per_step // training.micro_batch,
-        generation_batch_size=training.completions_per_step,
-        num_generations=training.num_generations,
-        max_completion_length=training.max_completion_tokens or task.max_completion_tokens,
-        max_steps=config.steps,
-        shuffle_dataset=False,
-        temperature=training.temperature,
-        top_k=training.top_k or 0,
-        # optimizer
-        learning_rate=training.learning_rate,
-        lr_scheduler_type=training.schedule,
-        warmup_steps=training.warmup_ratio,
-        max_grad_norm=training.max_grad_norm,
-        optim={"adamw": "adamw_torch"}.get(training.optimizer, "sgd"),
-        adam_beta1=training.adam_betas[0],
-        adam_beta2=training.adam_betas[1],
-        adam_epsilon=training.adam_eps,
-        weight_decay=training.weight_decay,
-        bf16=training.bf16,
-        use_cpu=config.run.device == "cpu",
-        gradient_checkpointing=training.gradient_checkpointing,
-        # loss
-        loss_type=algorithm.loss_type,
-        scale_rewards=algorithm.scale_rewards,
-        epsilon=algorithm.epsilon,
-        epsilon_high=algorithm.epsilon_high,
-        delta=algorithm.delta,
-        beta=algorithm.beta,
-        num_iterations=algorithm.num_iterations,
-        importance_sampling_level=algorithm.importance_sampling_level,
-        top_entropy_quantile=algorithm.top_entropy_quantile,
-        # selection
-        selection=selection,
-        step_model=capo.step_model,
-        moments=capo.moments,
-        fisher=capo.fisher,
-        curvature_top_k=capo.top_k,
-        renormalize=capo.renormalize,
-        grad_scale=capo.grad_scale,
-        depth=capo.depth,
-        advantage_baseline="none" if algorithm.name == "reinforce" else "group",
-        trust_region=None if capo.ledger is None else capo.ledger.spec(),
-        # housekeeping
-        save_strategy="steps",
-        save_steps=training.save_every,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # a loss that is not finite is news
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )

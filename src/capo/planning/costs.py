@@ -14,6 +14,11 @@ from capo.core.statistics.options import Options
 from capo.core.trust_region.divergence import REFERENCE_ENTRIES
 from capo.planning.architecture import Architecture
 from capo.planning.job import Job
+from capo.planning.passes import (
+    forward_terms,
+    optimizer_bytes,
+    plain_terms,
+)
 from capo.planning.work import HELD, Costs, Term
 
 WIDE = 4  # bytes of float32
@@ -26,9 +31,6 @@ REFERENCE = 24  # an entry of [M, V]: product, soft-max, entropy
 MEASURED = 84  # an entry of [M, V] of one trial: two products, soft-max, divergence by its series
 STEP = 60  # a parameter's proposed step, and the parameter after it
 MOMENT = 40  # an entry of the head in the simulated moments' advance
-ACTIVATION = 60  # passes over [tokens, d] in a layer's forward pass
-OPTIMIZER = 56  # a parameter in clip, AdamW's step and zero_grad
-LOSS_LOGIT = 60  # a logit's way through the trainer's loss, forward and backward
 
 # Copies of [M, V] in float32 at once while a trial is compared with the reference.
 REFERENCE_COPIES, TRIAL_COPIES = 3, 7.25
@@ -53,7 +55,7 @@ def costs_of(model: Architecture, job: Job) -> Costs:
     if job.monitor:
         terms += monitor_terms(model, job)
     weights = job.shard(model.parameters, of="weights") * job.weight_bytes
-    optimizer = job.shard(model.parameters, of="optimizer") * _optimizer_bytes(job)
+    optimizer = job.shard(model.parameters, of="optimizer") * optimizer_bytes(job)
     return Costs(terms, plain_terms(model, job), weights + optimizer, symbols(model, job))
 
 
@@ -299,7 +301,7 @@ def trust_region_terms(model: Architecture, job: Job) -> list[Term]:
             phase=HELD,
         ),
         *_reference(model, job, part),
-        *_forward(model, job, part, sequences, times, "forward passes of the policy"),
+        *forward_terms(model, job, part, sequences, times, "forward passes of the policy"),
         Term(
             part,
             "logits after the trial, and the divergence",
@@ -342,26 +344,6 @@ def _reference(model: Architecture, job: Job, part: str) -> list[Term]:
             memory=1.0 * WIDE * m * (model.vocabulary + model.width),
             phase=HELD if kept else f"{part}: trial",
         ),
-    ]
-
-
-def _forward(
-    model: Architecture, job: Job, part: str, sequences: int, times: float, name: str
-) -> list[Term]:
-    tokens = sequences * (job.prompt + job.length)
-    rows = job.micro_batches and math.ceil(sequences / job.micro_batches)
-    activations = rows * (job.prompt + job.length) * 12 * model.width * job.pass_bytes
-    return [
-        Term(
-            part,
-            name,
-            "F·(2·P_active·S·(prompt + completion) + attention) flops",
-            flops=times * (2.0 * model.active * tokens + _attention(model, job, sequences)),
-            moved=times * ACTIVATION * model.layers * tokens * model.width * job.pass_bytes,
-            linked=times * _gathered_weights(model, job),
-            memory=1.0 * activations,
-            phase=f"{part}: trial",
-        )
     ]
 
 
@@ -411,19 +393,6 @@ def _head_step(model: Architecture, job: Job, part: str, trials: float) -> list[
     ]
 
 
-def _gathered_weights(model: Architecture, job: Job) -> float:
-    """Bytes of a forward pass's own gathers, where weights are sharded."""
-    if job.alone or job.sharding in ("ddp", "zero2"):
-        return 0.0
-    return job.pass_bytes * model.parameters * (job.gpus - 1) / job.gpus
-
-
-def _attention(model: Architecture, job: Job, sequences: int) -> float:
-    """Flops of causal attention's products in one forward pass."""
-    span = job.prompt + job.length
-    return 2.0 * sequences * span * span * model.attention
-
-
 # Monitor
 
 
@@ -444,7 +413,9 @@ def monitor_terms(model: Architecture, job: Job) -> list[Term]:
             memory=5.0 * WIDE * entries + 2.0 * WIDE * model.head,
             phase="monitor: prediction",
         ),
-        *_forward(model, job, part, job.trial_sequences, extra, "forward passes of the policy"),
+        *forward_terms(
+            model, job, part, job.trial_sequences, extra, "forward passes of the policy"
+        ),
         Term(
             part,
             "logits after the step, and the divergence",
@@ -455,46 +426,3 @@ def monitor_terms(model: Architecture, job: Job) -> list[Term]:
             phase="monitor: divergence",
         ),
     ]
-
-
-# The update without CAPO
-
-
-def plain_terms(model: Architecture, job: Job) -> list[Term]:
-    """Terms of the update alone: training passes of the micro-batches and the optimizer's step."""
-    rows = job.micro_batches * job.micro_batch
-    tokens = rows * (job.prompt + job.length)
-    times = 4.0 if job.checkpointing else 3.0
-    logits = rows * job.length * model.vocabulary
-    own = job.shard(model.parameters, of="optimizer") if not job.alone else model.parameters
-    linked = 0.0
-    if not job.alone:
-        share = (job.gpus - 1) / job.gpus
-        gradients = 2.0 * model.parameters * job.weight_bytes
-        gathers = (times - 1.0) * job.micro_batches * _gathered_weights(model, job)
-        linked = share * gradients + gathers
-    return [
-        Term(
-            "plain",
-            "forward and backward passes",
-            f"{times:g}·2·P_active·tokens flops, and attention",
-            flops=times * (2.0 * model.active * tokens + _attention(model, job, rows)),
-            moved=times * ACTIVATION * model.layers * tokens * model.width * job.pass_bytes,
-        ),
-        Term(
-            "plain",
-            "head and loss",
-            f"8·V·d flops and {LOSS_LOGIT}·V bytes a completion token",
-            flops=8.0 * logits * model.width,
-            moved=1.0 * LOSS_LOGIT * logits,
-        ),
-        Term("plain", "optimizer", f"{OPTIMIZER} bytes a parameter held", moved=OPTIMIZER * own),
-        Term("plain", "gradients reduced, weights gathered", "by the engine", linked=linked),
-    ]
-
-
-def _optimizer_bytes(job: Job) -> float:
-    """Bytes of a parameter in gradient and optimizer: Adam's two moments, and a float32 copy beside bf16."""
-    moments = 2.0 * (2 if job.precision == "bf16" else 4)
-    copy = 4.0 if job.sharding in ("zero2", "zero3") and not job.alone else 0.0
-    return moments + copy + job.weight_bytes

@@ -17,7 +17,8 @@ from transformers.trainer_utils import SaveStrategy
 
 from capo.lab.config import Config
 from capo.lab.evaluate import Evaluation
-from capo.lab.run import make_trainer, measure_of, prepare, quiet_libraries, threads
+from capo.lab.ingredients import prepare
+from capo.lab.run import make_trainer, measure_of, quiet_libraries, threads
 from capo.lab.rundir import RunDirectory
 from capo.lab.study.jobs import Arm, Job
 from capo.lab.study.outcome import Ended, Evaluated, Outcome, has_collapsed, reached

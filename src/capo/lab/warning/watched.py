@@ -79,7 +79,8 @@ class Watched:
 def watch_run(plan: RunPlan) -> Watched:
     """Train as planned, under the monitor, until the accuracy has halved or the run is over."""
     from capo import CurvatureMonitor
-    from capo.lab.run import make_trainer, measure_of, prepare, quiet_libraries, threads
+    from capo.lab.ingredients import prepare
+    from capo.lab.run import make_trainer, measure_of, quiet_libraries, threads
     from capo.lab.rundir import RunDirectory
     from capo.lab.sources import load_config
 
