@@ -128,7 +128,7 @@ def test_a_foreign_tokenizer_is_refused(run_capo, tmp_path, foreign_tokenizer):
         (["eval", "nowhere"], "policy.path: 'nowhere' is not a directory"),
         (["eval", "embedded:sums", "--task", "chess"], "task.name: must be one of"),
         (["eval", "embedded:sums", "--problems", "1000000"], "--problems: must be in"),
-        (["bench", "gpu"], "bench: must be one of step, core"),
+        (["bench", "speed"], "bench: must be one of step, core"),
         (["pretrain", "-o", "OUT", "--set", "steps=-1"], "steps: "),
         (["pretrain", "-o", "OUT", "--config", "nowhere.toml"], "config: "),
         (["demo", "-o", "{file}"], "output: "),
