@@ -56,12 +56,10 @@ class ProposedStep:
 
     def __call__(self, parameter: Float[Tensor, "..."]) -> Float[Tensor, "..."] | None:
         """``Δ`` of one parameter; None where the optimizer does not hold it or it has no gradient."""
-        group = self._groups.get(id(parameter))
-        gradient = parameter.grad
-        if self._gradients is not None:
-            gradient = self._gradients.get(id(parameter))
-        if group is None or gradient is None:
+        found = self._of(parameter)
+        if found is None:
             return None
+        group, gradient = found
         with torch.no_grad():
             return _proposed(self.optimizer, group, parameter, gradient)
 
@@ -73,18 +71,24 @@ class ProposedStep:
 
         Equal to adding what calling this returns, to rounding; of Adam in half as many passes over memory.
         """
-        group = self._groups.get(id(parameter))
-        gradient = parameter.grad
-        if self._gradients is not None:
-            gradient = self._gradients.get(id(parameter))
-        if group is None or gradient is None:
+        found = self._of(parameter)
+        if found is None:
             return None
+        group, gradient = found
         value = current.detach()
         state = self.optimizer.state.get(parameter, {})
         if _is_plain_adam(type(self.optimizer), group, state, value, gradient):
             return _moved_by_adam(group, state, value, gradient, scale)
         step = _proposed(self.optimizer, group, parameter, gradient)
         return torch.add(value.to(step.dtype), step, alpha=scale).to(value.dtype)
+
+    def _of(self, parameter: Tensor) -> tuple[dict[str, Any], Tensor] | None:
+        """Group and gradient of a parameter that will be stepped."""
+        group = self._groups.get(id(parameter))
+        gradient = parameter.grad
+        if self._gradients is not None:
+            gradient = self._gradients.get(id(parameter))
+        return None if group is None or gradient is None else (group, gradient)
 
 
 def _proposed(
