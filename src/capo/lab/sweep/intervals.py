@@ -7,7 +7,7 @@ SciPy's: several samples are resampled each within itself, which is the stratifi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,20 +59,7 @@ def interval(*strata: Sequence[float]) -> Interval:
     arrays = [np.asarray(each, dtype=float) for each in strata if len(each)]
     if not arrays:
         raise ValueError("an interval needs values")
-    value = float(iqm(*arrays))
-    n = sum(map(len, arrays))
-    if min(map(len, arrays)) < 2 or all(np.ptp(each) == 0 for each in arrays):
-        return Interval(value, value, value, n)
-    found = stats.bootstrap(
-        arrays,
-        iqm,
-        n_resamples=RESAMPLES,
-        confidence_level=LEVEL,
-        method="percentile",
-        vectorized=True,
-        rng=np.random.default_rng(SEED),
-    ).confidence_interval
-    return Interval(value, float(found.low), float(found.high), n)
+    return _bootstrapped(arrays, iqm)
 
 
 def ratio_interval(numerator: Sequence[float], denominator: Sequence[float]) -> Interval:
@@ -88,13 +75,18 @@ def ratio_interval(numerator: Sequence[float], denominator: Sequence[float]) -> 
     def ratio(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
         return np.asarray(iqm(a, axis=axis) / iqm(b, axis=axis))
 
-    value = float(ratio(top, bottom))
-    n = len(top) + len(bottom)
-    if min(len(top), len(bottom)) < 2 or (np.ptp(top) == 0 and np.ptp(bottom) == 0):
+    return _bootstrapped([top, bottom], ratio)
+
+
+def _bootstrapped(samples: list[np.ndarray], statistic: Callable[..., np.ndarray]) -> Interval:
+    """The statistic of the samples, each resampled within itself; no interval where nothing could differ."""
+    value = float(statistic(*samples))
+    n = sum(map(len, samples))
+    if min(map(len, samples)) < 2 or all(np.ptp(each) == 0 for each in samples):
         return Interval(value, value, value, n)
     found = stats.bootstrap(
-        [top, bottom],
-        ratio,
+        samples,
+        statistic,
         n_resamples=RESAMPLES,
         confidence_level=LEVEL,
         method="percentile",
