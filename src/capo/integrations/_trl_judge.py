@@ -200,11 +200,15 @@ class Judge:
             top_k, batch_top_k = self.options["top_k"], self._batch_top_k(head)
             gradient = None
             if wanted:
-                gradient = self._gradient(policy_pass, head, accepted, curvature, batch_top_k)
+                gradient = everyones_gradient(
+                    self.world, policy_pass, head, accepted, curvature, batch_top_k
+                )
                 batch_shifts = self._global_shifts(policy_pass, head, step, accepted, gradient)
             if self.step_model.simulated:
                 if gradient is None or top_k != batch_top_k:
-                    gradient = self._gradient(policy_pass, head, accepted, curvature, top_k)
+                    gradient = everyones_gradient(
+                        self.world, policy_pass, head, accepted, curvature, top_k
+                    )
                 self.step_model.add(gradient)
         return Verdict(curvature, selection, weights, *batch_shifts, everywhere, mask, offset)
 
@@ -240,16 +244,6 @@ class Judge:
             **dict(zip(names, rows, strict=True)),
         )
         return everywhere, counted.bool(), own
-
-    def _gradient(
-        self,
-        policy_pass: PolicyPass,
-        head: LMHead,
-        accepted: Float[Tensor, "B T"],
-        curvature: capo.TokenCurvature,
-        top_k: int | None,
-    ) -> Float[Tensor, "V d"]:
-        return everyones_gradient(self.world, policy_pass, head, accepted, curvature, top_k)
 
     def _global_shifts(
         self,
