@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,6 +13,7 @@ import typer
 from capo.cli import completing
 from capo.cli.training import INTERRUPTED, AsJson, Quiet
 from capo.core.errors import InputError
+from capo.lab.provenance import cores
 
 if TYPE_CHECKING:
     from capo.lab.sweep.drive import Swept
@@ -278,11 +278,6 @@ def make_points(points: list[Point], runs: Path, jobs: int, quiet: bool) -> Swep
     except KeyboardInterrupt:
         typer.echo("capo: interrupted; continue with the same command", err=True)
         raise typer.Exit(INTERRUPTED) from None
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _grid(path: Path, seeds: int | None, settings: list[str] | None) -> Grid:

@@ -64,6 +64,11 @@ def _git(*arguments: str) -> str | None:
     return answer.stdout.strip()
 
 
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _hardware() -> dict[str, Any]:
     import torch
 
@@ -71,7 +76,7 @@ def _hardware() -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "memory_gb": round(memory / 2**30, 1),
         "gpu": ", ".join(gpus) or None,
     }

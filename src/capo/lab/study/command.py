@@ -6,7 +6,6 @@ It can be stopped at any time: finished runs are kept, and the same command cont
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from capo.core.errors import InputError
+from capo.lab.provenance import collect_provenance, cores
 from capo.lab.study.estimate import estimate
 from capo.lab.study.jobs import Job
 from capo.lab.study.outcome import Outcome, Store
@@ -82,8 +82,6 @@ def make_runs(
     plan: Plan, store: Store, only: str, jobs: int, console: Console, quiet: bool
 ) -> StudyResult:
     """Make the runs that are missing and match ``only``."""
-    from capo.lab.provenance import collect_provenance
-
     expected = sum(estimate(plan, store, only).runs.values())
     origin: dict[str, Any] = collect_provenance()
     with workers(jobs, origin) as runner:
@@ -122,11 +120,10 @@ def _parser() -> argparse.ArgumentParser:
         description="Compare the trust region with GRPO and other step rules; write the report.",
     )
     add = parser.add_argument
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add("--preset", help="CAPO's default [default: the plan's]")
     add("--plan", type=Path, help="a TOML file [default: the plan that ships with the package]")
     add("--only", default="*", metavar="GLOB", help="make only runs of these STAGE/ARM")
-    add("--jobs", type=int, default=cores or 1, help="processes, one thread each [%(default)s]")
+    add("--jobs", type=int, default=cores(), help="processes, one thread each [%(default)s]")
     add("--runs", type=Path, default=Path("runs"), help="where the runs are kept [%(default)s]")
     add(
         "--output",

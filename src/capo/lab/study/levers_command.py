@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from capo.core.errors import InputError
-from capo.lab.provenance import collect_provenance
+from capo.lab.provenance import collect_provenance, cores
 from capo.lab.rundir import write_text
 from capo.lab.study.command import INTERRUPTED, Said
 from capo.lab.study.goals import BEST_GRPO, Goal, ratio_goal
@@ -189,9 +188,8 @@ def _parser() -> argparse.ArgumentParser:
         description="All levers together: draw, halve, judge; write the report.",
     )
     add = parser.add_argument
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add("--plan", type=Path, help="a TOML file [default: the plan that ships with the package]")
-    add("--jobs", type=int, default=cores or 1, help="processes, one thread each [%(default)s]")
+    add("--jobs", type=int, default=cores(), help="processes, one thread each [%(default)s]")
     add("--runs", type=Path, default=Path("runs"), help="where the runs are kept [%(default)s]")
     add("--output", type=Path, default=Path("results/levers"), help="the report's folder")
     add("--report-only", action="store_true", help="only write the report of the recorded runs")
