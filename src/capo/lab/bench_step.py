@@ -196,13 +196,15 @@ SHARE = 0.05
 """What the default predictor may cost, as a share of a step."""
 
 
-def cost_report(**timing: Any) -> dict[str, Any]:
+def cost_report(output: Path, **timing: Any) -> dict[str, Any]:
     """The trust region's cost at every one of ``SIZES``, as the study's report shows it.
 
     Args:
+        output: where it will be written, for the command that it names.
         **timing: of :func:`bench_step`: steps, warmup, rounds, threads, policy.
     """
     rows, goals = [], []
+    busy = os.getloadavg()[0]
     for name, (completions, passes, group) in SIZES.items():
         made = bench_step(
             completions=completions,
@@ -244,14 +246,15 @@ def cost_report(**timing: Any) -> dict[str, Any]:
     hardware = collect_provenance()["hardware"]
     return {
         "title": "Cost of the default predictor",
-        "command": "capo bench step --cost results/trust_region/cost.json "
+        "command": f"capo bench step --cost {output} "
         + " ".join(f"--{key} {value}" for key, value in timing.items() if key != "policy"),
         "rows": rows,
         "goals": goals,
         "notes": [
             f"{timing['steps'] * timing['rounds']} paired steps each on {hardware['cpu']}, CPU time, means; "
-            "the machine has other work to do, so that ratios alone are to be read. *Own work*: collecting, "
-            "trials, choosing, measuring. With several passes CAPO leaves out the forward pass of TRL "
+            f"ratios alone are to be read; {busy:.1f} processes were at work on {hardware['cores']} cores "
+            "when it began. *Own work*: collecting, trials, choosing, measuring. With several passes "
+            "CAPO leaves out the forward pass of TRL "
             "for the old log-probabilities (the first training pass shows them), so that a whole step costs "
             "less than a TRL step and its own work.",
         ],
@@ -418,7 +421,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(bench_step(**options).summary())
         return
     timing = {key: options[key] for key in ("steps", "warmup", "rounds", "threads", "policy")}
-    write_text(cost, json.dumps(cost_report(**timing), indent=1, ensure_ascii=False) + "\n")
+    write_text(cost, json.dumps(cost_report(cost, **timing), indent=1, ensure_ascii=False) + "\n")
     print(f"written: {cost}")
 
 
