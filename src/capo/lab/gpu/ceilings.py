@@ -15,21 +15,26 @@ from capo.lab.provenance import collect_provenance
 
 def ceilings(sizes: Sizes) -> dict[str, float]:
     """Copy bandwidth (bytes read and written), 16-bit and float32 matrix products, on random data."""
-    on = device()
-    source = torch.randn(sizes.copy_bytes // 4, device=on)
-    target = torch.empty_like(source)
-    copy = measure(lambda: target.copy_(source), 20, seconds=1.0)
-    del source, target
+    copy_ms = _copy_ms(sizes.copy_bytes)
     release()
     n = sizes.matmul
-    a, b = (torch.randn(n, n, device=on, dtype=torch.bfloat16) for _ in range(2))
-    product = measure(lambda: a @ b, 20, seconds=1.0)
-    del a, b
+    product_ms = _product_ms(n)
     release()
     return {
-        "copy_tbps": 2.0 * sizes.copy_bytes / copy.median_ms / 1e9,
-        "matmul_tflops": 2.0 * n**3 / product.median_ms / 1e9,
+        "copy_tbps": 2.0 * sizes.copy_bytes / copy_ms / 1e9,
+        "matmul_tflops": 2.0 * n**3 / product_ms / 1e9,
     }
+
+
+def _copy_ms(size: int) -> float:
+    source = torch.randn(size // 4, device=device())
+    target = torch.empty_like(source)
+    return measure(lambda: target.copy_(source), 20, seconds=1.0).median_ms
+
+
+def _product_ms(n: int) -> float:
+    a, b = (torch.randn(n, n, device=device(), dtype=torch.bfloat16) for _ in range(2))
+    return measure(lambda: a @ b, 20, seconds=1.0).median_ms
 
 
 def about() -> dict[str, Any]:
