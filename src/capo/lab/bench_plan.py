@@ -26,6 +26,7 @@ import torch
 
 from capo.core.errors import InputError
 from capo.lab.allocation import Allocated, allocations
+from capo.lab.bench_step import UNDISTURBED
 from capo.planning.architecture import architecture_of
 from capo.planning.costs import costs_of
 from capo.planning.job import Job, Sharding
@@ -208,14 +209,7 @@ class Runner:
             "max_steps": steps,
             "learning_rate": 1e-5,
             "num_iterations": case.iterations,
-            "bf16": False,
-            "activation_checkpointing": False,
-            "use_cpu": True,
-            "save_strategy": "no",
-            "report_to": "none",
-            "logging_steps": 1,  # what is worked out for the log alone is in the figure
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
+            **UNDISTURBED,
             **self.settings,
         }
         plain = name == "plain"

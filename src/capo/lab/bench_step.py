@@ -187,6 +187,18 @@ def bench_step(
     )
 
 
+UNDISTURBED: dict[str, Any] = {
+    "bf16": False,
+    "activation_checkpointing": False,
+    "use_cpu": True,
+    "save_strategy": "no",
+    "report_to": "none",
+    "logging_steps": 1,  # what is worked out for the log alone is in the figure
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+"""Settings of a trainer that is timed: on the CPU, in float32, nothing but the steps."""
+
 SIZES = {  # completions, steps on a batch, completions of a prompt
     "96 completions, one pass": (96, 1, 8),
     "24 completions, four passes": (24, 4, 8),
@@ -303,14 +315,7 @@ class _Runner:
             "learning_rate": 1e-9,
             "seed": seed,
             "num_iterations": self.num_iterations,
-            "bf16": False,
-            "activation_checkpointing": False,
-            "use_cpu": True,
-            "save_strategy": "no",
-            "report_to": "none",
-            "logging_steps": 1,  # what is worked out for the log alone is in the figure
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
+            **UNDISTURBED,
         }
         trainer = (GRPOTrainer if plain else CAPOTrainer)(
             model=policy.model,
