@@ -35,7 +35,6 @@ def sequence(value: object) -> object:
 
 OpenBound = Annotated[float | None, BeforeValidator(infinite_is_open)]
 Interval = Annotated[tuple[OpenBound, OpenBound], BeforeValidator(sequence)]
-Betas = Annotated[tuple[Probability, Probability], BeforeValidator(sequence)]
 
 
 class Section(BaseModel):

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-SCALES = ("full", "quick", "tiny")
-
 
 @dataclass(frozen=True)
 class Core:
