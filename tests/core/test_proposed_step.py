@@ -85,6 +85,33 @@ def test_is_what_the_optimizer_then_does(
         torch.testing.assert_close(moved, halfway, rtol=precision, atol=precision * 0.1)
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+def test_a_narrow_parameter_is_moved_as_its_wide_twin_and_rounded(narrow: torch.dtype) -> None:
+    """With moments in the parameter's dtype, as AdamW keeps them there."""
+    drawn = torch.randn(4, 7, 5, generator=torch.Generator().manual_seed(0)).to(narrow)
+    head = torch.nn.Parameter(drawn[0])
+    optimizer = torch.optim.AdamW([head], lr=0.01, weight_decay=0.3)
+    head.grad = drawn[1]
+    optimizer.state[head] = {
+        "exp_avg": drawn[2],
+        "exp_avg_sq": drawn[3].square(),
+        "step": torch.tensor(3.0),
+    }
+    moved = ProposedStep(optimizer).moved(head, head, 0.5)
+    wide = torch.nn.Parameter(head.detach().double())
+    twin = torch.optim.AdamW([wide], lr=0.01, weight_decay=0.3)
+    wide.grad = drawn[1].double()
+    twin.state[wide] = {
+        key: each.double() if each.dim() else each for key, each in optimizer.state[head].items()
+    }
+    expected = ProposedStep(twin).moved(wide, wide, 0.5)
+    assert moved is not None
+    assert expected is not None
+    assert moved.dtype == narrow
+    precision = torch.finfo(narrow).eps
+    torch.testing.assert_close(moved.double(), expected, rtol=precision, atol=precision * 0.1)
+
+
 def test_another_gradient_and_another_group() -> None:
     """``grad`` replaces ``parameter.grad``; hyper-parameters are those of the head's own group."""
     head, other = (torch.nn.Parameter(torch.randn(5, 3).double()) for _ in range(2))

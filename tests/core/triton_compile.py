@@ -18,6 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import capo
+from capo.core import step_kernel
+from capo.core.adam_move import AdamMove
 from capo.core.statistics import triton_backend, triton_kernels, triton_row_kernels
 from capo.core.statistics.problem import Head, Problem
 
@@ -136,6 +138,20 @@ def test_every_launch_compiles(
             assert compiled.metadata.shared <= limit
             if dtype != torch.float32 and "PRECISION" in arguments and capability == 90:
                 assert "wgmma.mma_async" in compiled.asm["ptx"], "the product is on tensor cores"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_moved_parameter_compiles(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    caught: list[tuple[Any, dict[str, Any]]] = []
+    kernel = step_kernel.moved_by_adam_kernel
+    monkeypatch.setattr(step_kernel, "moved_by_adam_kernel", Recorder(kernel, caught))
+    w = torch.zeros(V, d, dtype=dtype)
+    AdamMove(0.1, (0.9, 0.99), 1e-8, 0.1, w, w, 4).by_kernel(w, w, 0.5)
+    ((_, arguments),) = caught
+    for capability in SHARED_MEMORY:
+        compiled = compile_launch(kernel, arguments, GPUTarget("cuda", capability, 32))
+        assert compiled.asm["ptx"].count("ld.global") >= 4
+        assert compiled.asm["cubin"]
 
 
 def test_the_table_has_the_tiling_that_was_quickest_at_a_7b_head() -> None:

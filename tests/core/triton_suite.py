@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import capo
+from capo.core.adam_move import AdamMove
 from capo.core.statistics.rest import ABSENT
 from capo.core.statistics.triton_backend import largest
 from capo.core.statistics.triton_kernels import activate
@@ -346,3 +347,29 @@ def test_softcap_is_relatively_exact_from_tiny_to_saturated_logits() -> None:
     torch.testing.assert_close(z.double(), exact, rtol=5e-7, atol=0)
     torch.testing.assert_close(slope.double(), complement, rtol=2e-6 * 40, atol=0)
     torch.testing.assert_close(bend.double(), -2 * exact * complement, rtol=2e-6 * 40, atol=0)
+
+
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("numel", [1, 1023, 1024, 5000])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_a_parameter_moved_by_adam(narrow: torch.dtype, numel: int, decay: float) -> None:
+    """Against the optimizer's own step in float64, from the same rounded numbers; nothing touched."""
+    generator = torch.Generator().manual_seed(numel)
+    drawn = [torch.randn(numel, generator=generator) for _ in range(3)]
+    value, grad, first = (each.to(DEVICE, narrow) for each in drawn)
+    second = torch.rand(numel, generator=generator).to(DEVICE, narrow) ** 2
+    before = [each.clone() for each in (value, grad, first, second)]
+    move = AdamMove(0.01, (0.9, 0.999), 1e-8, decay, first, second, step=4)
+    moved = move.by_kernel(value, grad, 0.5)
+    assert moved.dtype == narrow
+    for each, old in zip((value, grad, first, second), before, strict=True):
+        assert torch.equal(each, old)
+
+    twin = torch.nn.Parameter(value.double())
+    optimizer = torch.optim.AdamW([twin], lr=0.005, weight_decay=decay)  # half of it: scale 0.5
+    state = {"exp_avg": first.double(), "exp_avg_sq": second.double(), "step": torch.tensor(3.0)}
+    optimizer.state[twin] = state
+    twin.grad = grad.double()
+    optimizer.step()
+    precision = 2e-6 if narrow == torch.float32 else torch.finfo(narrow).eps
+    torch.testing.assert_close(moved.double(), twin.detach(), rtol=precision, atol=precision * 0.1)

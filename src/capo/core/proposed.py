@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from capo.core.adam_move import AdamMove
 from capo.core.errors import InputError
 from capo.core.steps import AdamStep, MomentumStep, SGDStep
 
@@ -52,6 +52,7 @@ class ProposedStep:
     def __init__(self, optimizer: Optimizer, gradients: dict[int, Tensor] | None = None) -> None:
         self.optimizer = optimizer
         self._gradients = gradients
+        self._steps: dict[int, Any] | None = None
         self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
 
     def __call__(self, parameter: Float[Tensor, "..."]) -> Float[Tensor, "..."] | None:
@@ -77,10 +78,23 @@ class ProposedStep:
         group, gradient = found
         value = current.detach()
         state = self.optimizer.state.get(parameter, {})
-        if _is_plain_adam(type(self.optimizer), group, state, value, gradient):
-            return _moved_by_adam(group, state, value, gradient, scale)
+        adam = AdamMove.of(type(self.optimizer), group, state, self._steps_taken(parameter))
+        moved = None if adam is None else adam.moved(value, gradient.detach(), scale)
+        if moved is not None:
+            return moved
         step = _proposed(self.optimizer, group, parameter, gradient)
         return torch.add(value.to(step.dtype), step, alpha=scale).to(value.dtype)
+
+    def _steps_taken(self, parameter: Tensor) -> int:
+        """Steps that the optimizer has taken on a parameter: read from a GPU for all at once, and once."""
+        if self._steps is None:
+            held = {
+                id(p): state["step"] for p, state in self.optimizer.state.items() if "step" in state
+            }
+            there = {key: step for key, step in held.items() if getattr(step, "is_cuda", False)}
+            read = torch.stack(list(there.values())).tolist() if there else []
+            self._steps = {**held, **dict(zip(there, read, strict=True))}
+        return int(self._steps.get(id(parameter), 0))
 
     def _of(self, parameter: Tensor) -> tuple[dict[str, Any], Tensor] | None:
         """Group and gradient of a parameter that will be stepped."""
@@ -130,37 +144,6 @@ def step_from_state(
     if kind is torch.optim.Adam and group["weight_decay"]:
         loss_grad = loss_grad + group["weight_decay"] * weight  # coupled, unlike AdamW's
     return step.of_gradient(loss_grad, weight)
-
-
-def _is_plain_adam(
-    kind: type, group: dict[str, Any], state: dict[str, Any], value: Tensor, grad: Tensor
-) -> bool:
-    """Adam or AdamW with moments, all in one dtype, and nothing but decoupled decay beside them."""
-    if kind not in (torch.optim.Adam, torch.optim.AdamW) or "exp_avg" not in state:
-        return False
-    decoupled = kind is torch.optim.AdamW or group.get("decoupled_weight_decay", False)
-    if (
-        group["amsgrad"]
-        or group.get("maximize", False)
-        or (group["weight_decay"] and not decoupled)
-    ):
-        return False
-    dtypes = {each.dtype for each in (value, grad, state["exp_avg"], state["exp_avg_sq"])}
-    return dtypes <= {torch.float32} or dtypes <= {torch.float64}
-
-
-def _moved_by_adam(
-    group: dict[str, Any], state: dict[str, Any], value: Tensor, grad: Tensor, scale: float
-) -> Tensor:
-    """``value + scale · Δ`` of :class:`capo.core.steps.AdamStep`, its factors drawn out of the tensors."""
-    beta1, beta2 = (float(beta) for beta in group["betas"])
-    step, length = int(state["step"]) + 1, scale * float(group["lr"])
-    root = math.sqrt(1.0 - beta2**step)
-    first = torch.lerp(state["exp_avg"], grad, 1.0 - beta1)
-    second = torch.mul(state["exp_avg_sq"], beta2).addcmul_(grad, grad, value=1.0 - beta2)
-    second.sqrt_().add_(root * group["eps"])
-    kept = value * (1.0 - length * group["weight_decay"]) if group["weight_decay"] else value
-    return torch.addcdiv(kept, first, second, value=-length * root / (1.0 - beta1**step))
 
 
 def _group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from capo.core.statistics.problem import Problem
+
+T = TypeVar("T")
 
 JUDGED = 4096  # tokens whose rivals are judged together
 
@@ -77,8 +79,8 @@ def compute_or_chunked(problem: Problem) -> Statistics:
     return or_plain(lambda: compute(problem), lambda: chunked.compute(problem))
 
 
-def or_plain(fused: Callable[[], Statistics], plain: Callable[[], Statistics]) -> Statistics:
-    """The fused statistics; a broken tool chain must not end a training run."""
+def or_plain(fused: Callable[[], T], plain: Callable[[], T]) -> T:
+    """What a kernel makes; a broken tool chain must not end a training run."""
     try:
         return fused()
     except (InputError, torch.OutOfMemoryError):
@@ -86,7 +88,7 @@ def or_plain(fused: Callable[[], Statistics], plain: Callable[[], Statistics]) -
     except Exception as error:
         _State.failed = True
         warnings.warn(
-            f"Triton failed ({type(error).__name__}: {error}); CAPO goes on with impl='chunked'.",
+            f"Triton failed ({type(error).__name__}: {error}); CAPO goes on without its kernels.",
             RuntimeWarning,
             stacklevel=2,
         )

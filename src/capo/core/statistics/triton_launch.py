@@ -101,7 +101,8 @@ def interpreted() -> bool:
     return not isinstance(triton_kernels.rest_kernel, triton_kernels.triton.JITFunction)
 
 
-def _device(tensor: Tensor) -> AbstractContextManager[object]:
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Launches go to the tensor's GPU."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
@@ -198,7 +199,7 @@ def rest(
     matrix_kind = "none" if moved.matrix is None else "plain" if moved.square is None else "frozen"
     bias = weight if head.bias is None else head.bias
     inner, outer, bend_scale = _constants(head)
-    with _device(hidden):
+    with on_device_of(hidden):
         triton_kernels.rest_kernel[(blocks * splits,)](
             hidden,
             weight,
@@ -283,7 +284,7 @@ def _library_rest(problem: Problem, plan: Tiling, sign: float) -> tuple[Rest, Ke
     partial = hidden.new_empty(3, splits, n, dtype=torch.float32)
     maxima = hidden.new_empty(n, tiles, dtype=torch.float32)
     inner, outer, _ = _constants(head)
-    with _device(hidden):
+    with on_device_of(hidden):
         triton_row_kernels.held_kernel[(n * splits,)](
             keys,
             problem.token_ids.contiguous(),
@@ -359,7 +360,7 @@ def log_sum(keys: Float[Tensor, "n w"], head: Head, sign: float) -> Float[Tensor
 
     out = keys.new_empty(keys.shape[0])
     inner, outer, _ = _constants(head)
-    with _device(keys):
+    with on_device_of(keys):
         triton_row_kernels.log_sum_kernel[(keys.shape[0],)](
             keys,
             out,
@@ -407,7 +408,7 @@ def over_rows(
         else (scalars.momentum, scalars.fresh, scalars.keep, scalars.new, scalars.eps)
     )
     block_k, block_d = (8, 256) if hidden.is_cuda else (16, 16)
-    with _device(hidden):
+    with on_device_of(hidden):
         triton_row_kernels.rows_kernel[(n * -(-k // block_k),)](
             hidden,
             rows,
