@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pandas as pd
 import pytest
 from lab_runs import invented, metric_rows, results
 
@@ -198,7 +199,30 @@ def test_proxies_and_rivals_compare_intervals():
     assert verdict("rivals", numbers, "(ours)").verdict == "holds"  # equal is not ahead
     behind = verdict("rivals", numbers, "Under identical")
     assert behind.verdict == "does not hold"
-    assert "3 of" in behind.numbers  # GSPO at 1, 2 and 5 passes
+    assert "2 of" in behind.numbers  # GSPO at 2 and 5 passes
+    _, _, _, numbers = drawn("rivals", of({"gspo-first-pass"}))  # one seed, and GRPO: not ranked
+    assert verdict("rivals", numbers, "Under identical").verdict == "holds"
+
+
+def test_ratio_rules_are_compared_with_grpo_on_the_first_pass():
+    def of(cell, seed):
+        shift = 0.25 if cell.variant == "sapo-first-pass" else 0.0
+        rows = metric_rows(3, reward=lambda step: step / 8 + shift)
+        return invented(Point(cell, seed), STAYS, rows)
+
+    _, _, result, numbers = drawn("rivals", of)
+    assert numbers.numbers["on_policy"] == {
+        **dict.fromkeys(("clip-0.02", "clip-0.002", "two-sided", "clip-higher", "gspo"), 0.0),
+        "sapo": 0.25,
+    }
+    alone = [each for each in result.cells if each.cell.variant.endswith("-first-pass")]
+    assert [each.wanted for each in alone] == [1] * 8
+    ranked = pd.concat([each.data for each in numbers.figures])
+    assert (
+        not ranked.astype(str)
+        .apply(lambda column: column.str.contains("first pass"))
+        .any(axis=None)
+    )
 
 
 def test_table5_ranks_tokens_and_batches():

@@ -201,6 +201,15 @@ def test_every_variant_is_tried_under_every_condition():
     assert [cell.seeds for cell in grid.with_seeds(1).cells()] == [(0,)] * 4
 
 
+def test_a_variant_may_have_seeds_of_its_own():
+    grid = parse_grid(CONDITIONS.replace('name = "grpo"', 'name = "grpo"\nseeds = [7, 8, 9]'))
+    seeds = [cell.seeds for cell in grid.cells()]
+    assert seeds == [(7, 8, 9), (0, 1), (7, 8, 9), (0,)]
+    assert [cell.seeds for cell in grid.with_seeds(1).cells()] == [(7,), (0,), (7,), (0,)]
+    with pytest.raises(InputError, match="none of those that judge"):
+        parse_grid(CONDITIONS.replace('name = "grpo"', 'name = "grpo"\nseeds = [100]'))
+
+
 def test_searches_come_first_and_what_they_decide_about_waits():
     grid = parse_grid(CONDITIONS)
     candidates = grid.candidates()

@@ -250,6 +250,48 @@ def verdicts(
     typer.echo(json.dumps([each.as_dict() for each in found], indent=1) if as_json else str(path))
 
 
+@lab.command()
+def pack(
+    grid: Annotated[
+        str,
+        typer.Argument(metavar="GRID|FIGURE", help="A grid in TOML, or see `capo lab figures`."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .tar.xz file to write.")],
+    runs: Runs = RUNS,
+    seeds: Seeds = None,
+    settings: Settings = None,
+) -> None:
+    """Put the finished points of a grid or figure into one small file, for another machine or the record.
+
+    Everything that reports read: evaluations, metrics, provenance; no policies and no tokens.
+    """
+    from capo.lab.figures import figure_named
+    from capo.lab.sweep.archive import pack as write
+    from capo.lab.sweep.grid import seeds_option
+    from capo.lab.sweep.reading import settle
+
+    if Path(grid).suffix == ".toml":
+        checked = _grid(Path(grid), seeds, settings)
+    else:
+        checked = figure_named(grid).grid(seeds_option(seeds), settings or [])
+    points = settle(checked, runs).points()
+    number = write(points, runs, output)
+    size = output.stat().st_size / 2**20
+    typer.echo(f"{number} of {len(points)} points in {output}, {size:.1f} MiB")
+
+
+@lab.command()
+def unpack(
+    archive: Annotated[Path, typer.Argument(metavar="ARCHIVE", help="Made by `capo lab pack`.")],
+    runs: Runs = RUNS,
+) -> None:
+    """Take packed points out, so that they are not run again. What is finished already stays."""
+    from capo.lab.sweep.archive import unpack as take
+
+    taken = take(archive, runs)
+    typer.echo(f"{taken.new} points now in {runs}, {taken.there} were there already")
+
+
 def make_grid(grid: Grid, runs: Path, jobs: int, quiet: bool, only: str = "*") -> Swept:
     """Make what is missing of a grid: its searches and all that waits for none, then what they decide."""
     from capo.lab.sweep.reading import settle

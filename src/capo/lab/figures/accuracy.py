@@ -198,14 +198,29 @@ def _over_threshold(data: pd.DataFrame, column: str, title: str) -> Figure:
     )
 
 
+FIRST_PASS = "-first-pass"  # variants of one seed, to show that they are GRPO
+
+
 def rivals(result: GridResult) -> Drawn:
     """Ranking, and that ratio rules are GRPO on the first pass."""
-    drawn = compared(result)
-    drawn.numbers["on_policy"] = _on_policy(result)
+    drawn = base(result)
+    ranked = [each for each in result.cells if not each.cell.variant.endswith(FIRST_PASS)]
+    drawn.figures[:0] = final_figures(ranked)
+    drawn.numbers["on_policy"] = equal = _on_policy(result)
+    if equal:
+        apart = ", ".join(f"{name} {difference:g}" for name, difference in equal.items())
+        drawn.notes.append(
+            "Ratio rules on the first pass, with the largest difference of any batch's mean reward from GRPO's: "
+            f"{apart}. Those of one seed are not ranked."
+        )
     return drawn
 
 
-SAME_NORMALISATION = ("clip-0.02", "clip-0.002", "two-sided", "clip-higher", "gspo", "sapo")
+SAME_NORMALISATION = {
+    **{name: name for name in ("clip-0.02", "clip-0.002")},
+    **{name: name + FIRST_PASS for name in ("two-sided", "clip-higher", "gspo", "sapo")},
+}
+"""Ratio rules that weigh tokens as GRPO does, and the variants of their first pass."""
 
 
 def _on_policy(result: GridResult) -> dict[str, float]:
@@ -213,13 +228,16 @@ def _on_policy(result: GridResult) -> dict[str, float]:
     found: dict[str, float] = {}
     for plain in result.all("clip-0.2", num_iterations=1):
         rate = plain.cell.at["training.learning_rate"]
-        for name in SAME_NORMALISATION:
-            for other in result.all(name, num_iterations=1, learning_rate=rate):
+        for name, variant in SAME_NORMALISATION.items():
+            for other in result.all(variant, learning_rate=rate):
+                if other.cell.at.get("algorithm.num_iterations", 1) != 1:
+                    continue
                 pairs = [
                     (a, b) for a in plain.runs for b in other.runs if a.point.seed == b.point.seed
                 ]
                 apart = [abs(x[1] - y[1]) for a, b in pairs for x, y in _pairs(a, b)]
-                found[name] = max([found.get(name, 0.0), *apart])
+                if apart:
+                    found[name] = max([found.get(name, 0.0), *apart])
     return found
 
 

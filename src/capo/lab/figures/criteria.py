@@ -259,6 +259,7 @@ def ahead_of_rivals(name: str) -> Callable[[Numbers], Judged]:
                 row
                 for row in numbers["cells"]
                 if row["variant"] not in ("capo", "trust-region")
+                and not row["variant"].endswith("-first-pass")  # GRPO, with one seed
                 and row.get("training.learning_rate") == rate
                 and "final_accuracy" in row
             ]

@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -60,12 +60,13 @@ class Variant(Section):
     """``[[variants]]``: one thing to compare, at every combination of the axes.
 
     ``set`` and ``axes`` are laid over those of the grid; an axis of the grid that ``set`` names is
-    held at that value.
+    held at that value. ``seeds``: instead of the grid's and of those of the condition.
     """
 
     name: Name
     label: str | None = None
     preset: str | None = None
+    seeds: Annotated[list[Seed] | None, Field(min_length=1)] = None
     set: Settings = Field(default_factory=dict)
     axes: Axes = Field(default_factory=dict)
     search: Search | None = None
@@ -116,6 +117,9 @@ class Condition(Section):
             return self.set
         task = {"task.name": config.task.name, "task.params": config.task.params}
         return {"policy.path": f"{POLICIES}{self.recipe}", **task, **self.set}
+
+
+HasSeeds = TypeVar("HasSeeds", Variant, Condition)
 
 
 class Grid(Section):
@@ -172,7 +176,11 @@ class Grid(Section):
 
     def _check_search(self, name: str, search: Search) -> None:
         field = f"variants.{name}.search"
-        own = {*self.seeds, *(seed for each in self.conditions for seed in each.seeds or [])}
+        others = [
+            *(each.seeds for each in self.conditions),
+            *(each.seeds for each in self.variants),
+        ]
+        own = {*self.seeds, *(seed for seeds in others for seed in seeds or [])}
         searched = {seed for each in self.conditions for seed in each.search_seeds or []}
         if own & {*search.seeds, *searched}:
             raise InputError(f"{field}.seeds", "must be none of those that judge what is found.")
@@ -182,15 +190,16 @@ class Grid(Section):
     def with_seeds(self, number: int | None) -> Grid:
         """The same with so many seeds, 0 and up; None: its own.
 
-        A condition that has seeds of its own keeps so many of them; those of searches stay.
+        A condition or variant that has seeds of its own keeps so many of them; those of searches stay.
         """
         if number is None:
             return self
-        fewer = [
-            each.model_copy(update={"seeds": each.seeds and each.seeds[:number]})
-            for each in self.conditions
-        ]
-        return self.model_copy(update={"seeds": list(range(number)), "conditions": fewer})
+        conditions = [_with_fewer_seeds(each, number) for each in self.conditions]
+        variants = [_with_fewer_seeds(each, number) for each in self.variants]
+        seeds = list(range(number))
+        return self.model_copy(
+            update={"seeds": seeds, "conditions": conditions, "variants": variants}
+        )
 
     def with_settings(self, settings: Sequence[str]) -> Grid:
         """The same with ``section.key=value`` laid over every point, after all else.
@@ -257,7 +266,7 @@ class Grid(Section):
             name=place.name,
             preset=variant.preset or self.preset,
             overrides=(*overrides_of(settings), *self.overrides),
-            seeds=tuple((condition and condition.seeds) or self.seeds),
+            seeds=tuple(variant.seeds or (condition and condition.seeds) or self.seeds),
             recipe=recipe,
             measure=self.measure,
             horizon=horizon,
@@ -327,6 +336,10 @@ class _Place:
         """``CONDITION/VARIANT/AXES``, what there is of it."""
         condition = [] if self.condition is None else [self.condition.name]
         return "/".join([*condition, self.variant.name, *([slug(self.at)] if self.at else [])])
+
+
+def _with_fewer_seeds(each: HasSeeds, number: int) -> HasSeeds:
+    return each.model_copy(update={"seeds": each.seeds and each.seeds[:number]})
 
 
 def _by_seed(cells: Sequence[Cell]) -> list[Point]:
