@@ -210,7 +210,7 @@ def rivals(result: GridResult) -> Drawn:
     if equal:
         apart = ", ".join(f"{name} {difference:g}" for name, difference in equal.items())
         drawn.notes.append(
-            "Ratio rules on the first pass, with the largest difference of any batch's mean reward from GRPO's: "
+            "Ratio rules on the first pass, the largest difference of a batch's mean reward from GRPO's: "
             f"{apart}. Those of one seed are not ranked."
         )
     return drawn
