@@ -202,6 +202,10 @@ def test_train_eval_compare_and_report(run_capo, tmp_path):
     assert measured["problems"] == 16
     assert 0 <= measured["accuracy"] <= measured["pass_at_k"] <= 1
 
+    model = ("eval", grpo / "final", "--problems", 16, "--k", 2, "--json")  # a model's directory
+    code, out, _ = run_capo(*model)
+    assert (code, json.loads(out)["accuracy"]) == (0, measured["accuracy"])
+
     code, out, _ = run_capo("compare", grpo, judged)
     assert code == 0
     assert "CAPO" in out
@@ -255,6 +259,8 @@ def test_pretrain_writes_a_policy_that_trains(run_capo, tmp_path):
     ]
     code, out, _ = run_capo("pretrain", "--output", policy, *shorter, "--quiet")
     assert (code, out) == (0, f"policy: {policy}\n")
+    code, out, _ = run_capo("eval", policy, "--problems", 4, "--k", 1, "--json")
+    assert (code, json.loads(out)["task"]) == (0, "sums")
     output = tmp_path / "run"
     path = f"policy.path={policy}"
     code, _, _ = run_capo(

@@ -151,10 +151,12 @@ def _policy_of(model: str) -> tuple[str, TaskSection]:
     from capo.lab.config import TaskSection
     from capo.lab.run import recorded_config
     from capo.lab.rundir import RunDirectory
+    from capo.policies.pretrain import RECIPE
 
     directory = RunDirectory(Path(model))
     if not directory.exists:
-        return model, TaskSection()
+        recipe = directory.read(RECIPE)  # of a policy that `capo pretrain` has made
+        return model, TaskSection(**recipe.get("config", {}).get("task", {}))
     if not directory.final.is_dir():
         raise InputError("MODEL", f"the run in {model!r} has no final policy yet.")
     return str(directory.final), recorded_config(model).task

@@ -67,8 +67,8 @@ class RunDirectory:
 
     @property
     def exists(self) -> bool:
-        """Whether there is a run here."""
-        return (self.path / "config.json").is_file()
+        """Whether there is a run here: a model's directory has a ``config.json`` too, but no status."""
+        return all((self.path / name).is_file() for name in ("config.json", "status.json"))
 
     def check_free(self, overwrite: bool) -> None:
         """Refuse a directory that a new run may not use. Changes nothing.
