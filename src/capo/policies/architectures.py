@@ -64,7 +64,7 @@ def _llama(shape: dict[str, Any]) -> PreTrainedModel:
 def _gpt_neox(shape: dict[str, Any]) -> PreTrainedModel:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    # a quarter of so small a head, the default, is too little to tell positions apart
+    # in the whole of so small a head; the default is a quarter
     rotary = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
     return GPTNeoXForCausalLM(
         GPTNeoXConfig(

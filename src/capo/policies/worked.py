@@ -114,26 +114,34 @@ def backward_drop(entry: Entry, rng: random.Random) -> str:
 # number_filtering
 
 
+_KEPT = {"keep_larger": ">", "keep_smaller": "<", "remove_larger": "<=", "remove_smaller": ">="}
+_OTHERS = {">": "<=", "<": ">=", "<=": ">", ">=": "<"}
+
+
 def _filtered(entry: Entry, *, opposite: bool = False, looked_at: int | None = None) -> str:
-    """A verdict on every number; those beyond ``looked_at`` are let through."""
+    """What is to be kept, and a verdict on every number; those beyond ``looked_at`` are let through."""
     meta = entry["metadata"]
-    listed, kept, verdicts = meta["original_numbers"], [], []
+    listed, bound, kept, verdicts = meta["original_numbers"], meta["filter_value"], [], []
+    rule = _KEPT[meta["operation"]]
     for number in listed[:looked_at]:
+        side = float(number) - float(bound)
         keep = (number in meta["result"]) != opposite
-        verdicts.append(f"{number} {'yes' if keep else 'no'}")
+        verdicts.append(
+            f"{number} {'>' if side > 0 else '<' if side else '='} {'yes' if keep else 'no'}"
+        )
         kept += [number] * keep
     if looked_at is not None:
         kept += listed[looked_at:]
-    return finish(", ".join(verdicts), kept)
+    return finish(f"{_OTHERS[rule] if opposite else rule}: {', '.join(verdicts)}", kept)
 
 
 def filter_careful(entry: Entry, _: random.Random) -> str:
-    """Judge every number: ``14 yes, 52 no``."""
+    """Say what to keep and judge every number: ``<=: 14 < yes, 52 > no``."""
     return _filtered(entry)
 
 
 def filter_opposite(entry: Entry, _: random.Random) -> str:
-    """Keep what is to go."""
+    """Take what is to go for what is to be kept: ``>: 14 < no, 52 > yes``."""
     return _filtered(entry, opposite=True)
 
 

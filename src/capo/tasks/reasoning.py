@@ -33,6 +33,7 @@ _TRIES = 20  # questions generated for one wanted, before the dataset counts as 
 _SIZE = 1 << 20  # virtual: questions are made when they are asked for
 _LARGEST_EXPONENT = 100
 _OURS = ("seed", "size")
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _EVALUATES = re.compile(
     r"\b(eval|exec|parse_expr|sympify|simplify)\(\s*(answer|user|S\b)|parse_expr\("
 )
@@ -58,6 +59,8 @@ class ReasoningGym:
         parameters: of the dataset's configuration; ``seed`` and ``size`` are the draw's.
         template: the prompt; ``{problem}`` stands for the question.
         max_completion_tokens: tokens a completion may take.
+        largest_number: questions are left out that have a larger number in themselves, in their answer or
+            in the dataset's own solution; None: none is.
 
     Raises:
         InputError: an unknown dataset or parameter, a value that the dataset refuses, or a template
@@ -68,6 +71,7 @@ class ReasoningGym:
     parameters: dict[str, Any] = field(default_factory=dict)
     template: str = TEMPLATE
     max_completion_tokens: int = 1024
+    largest_number: int | None = None
 
     name: ClassVar[str] = "reasoning_gym"
 
@@ -77,6 +81,11 @@ class ReasoningGym:
             raise InputError("template", "must contain {problem}.")
         if self.max_completion_tokens < 1:
             raise InputError("max_completion_tokens", "must be at least 1.")
+        largest = self.largest_number
+        if largest is not None and (type(largest) is not int or largest < 1):
+            raise InputError(
+                "largest_number", f"must be an integer of at least 1, got {largest!r}."
+            )
         known = _parameters(self.dataset)
         for name in self.parameters:
             if name in _OURS:
@@ -116,7 +125,7 @@ class ReasoningGym:
             entries = _dataset(self.dataset, self._key, int.from_bytes(digest[:4], "big"))
             for index in range(_SIZE):
                 entry: dict[str, Any] = entries[index]
-                if not _is_held_out(str(entry["question"])):
+                if not _is_held_out(str(entry["question"])) and self._is_small_enough(entry):
                     yield entry
 
     def grade(self, completion: str, problem: Problem) -> float:
@@ -148,20 +157,26 @@ class ReasoningGym:
         start = int.from_bytes(digest[:4], "big")
         found: dict[str, Problem] = {}
         for index in range(min(_SIZE, _TRIES * _HELD_OUT_ONE_IN * n + 1000)):
-            question, answer = self._question(start, index)
-            if _is_held_out(question) == held_out and question not in found:
+            entry = _dataset(self.dataset, self._key, start)[index]
+            question = str(entry["question"])
+            if _is_held_out(question) != held_out or question in found:
+                continue
+            if self._is_small_enough(entry):
                 prompt = self.template.replace("{problem}", question)
                 place = f"reasoning_gym/{self.dataset}/{start}/{index}"
-                found[question] = Problem(prompt=prompt, answer=answer, id=place)
+                found[question] = Problem(prompt=prompt, answer=str(entry["answer"]), id=place)
                 if len(found) == n:
                     return list(found.values())
         raise InputError(
             "n", f"must be at most {len(found)}, the {split} questions found, got {n}."
         )
 
-    def _question(self, seed: int, index: int) -> tuple[str, str]:
-        entry = _dataset(self.dataset, self._key, seed)[index]
-        return str(entry["question"]), str(entry["answer"])
+    def _is_small_enough(self, entry: dict[str, Any]) -> bool:
+        if self.largest_number is None:
+            return True
+        texts = (entry["question"], entry["answer"], entry["metadata"].get("answer_cot", ""))
+        numbers = _NUMBER.findall(" ".join(map(str, texts)).replace(",", ""))
+        return all(float(number) <= self.largest_number for number in numbers)
 
 
 def prepare_grading() -> None:
