@@ -32,7 +32,7 @@ WITH_DATASET = {
 
 def entries(config: PretrainConfig, count: int) -> tuple[Any, list[dict[str, Any]]]:
     """Entries from reasoning-gym itself, not through our task."""
-    ours = ("dataset", "template", "max_completion_tokens")
+    ours = ("dataset", "template", "max_completion_tokens", "largest_number")
     params = {k: v for k, v in config.task.params.items() if k not in ours}
     made = reasoning_gym.create_dataset(
         config.task.params["dataset"], seed=77, size=count, **params
@@ -95,6 +95,32 @@ def test_a_slip_is_carried_into_the_answer() -> None:
             seen += 1
             assert answer in wrong.partition("\nThe answer is")[0].rpartition("\n")[2]
     assert seen > 10
+
+
+def test_filtering_says_what_is_kept_and_on_which_side_a_number_is() -> None:
+    _, questions = entries(RECIPES["number_filtering"], 200)
+    rng, equal = random.Random(0), 0
+    for entry in questions:
+        meta = entry["metadata"]
+        bound = float(meta["filter_value"])
+        for name, right in (("careful", True), ("opposite", False)):
+            steps, _, said = WORKED["number_filtering"][name](entry, rng).partition(" <answer>")
+            rule, _, verdicts = steps.partition(": ")
+            holds = {">": float.__gt__, "<": float.__lt__, ">=": float.__ge__, "<=": float.__le__}[
+                rule
+            ]
+            kept = []
+            for verdict in verdicts.split(", "):
+                number, side, word = verdict.split()
+                assert side == (
+                    ">" if float(number) > bound else "<" if float(number) < bound else "="
+                )
+                assert (word == "yes") == holds(float(number), bound)
+                equal += side == "="
+                kept += [number] * (word == "yes")
+            assert (kept == meta["result"]) == right or not meta["original_numbers"]
+            assert said == f"{kept}</answer>"
+    assert equal > 10
 
 
 def test_paths_go_where_the_story_goes() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+
 import pytest
 
 from capo import InputError
 from capo.tasks import Task, grade_many, load_task
-from capo.tasks.reasoning import evaluates_answers, is_inert
+from capo.tasks.reasoning import ReasoningGym, evaluates_answers, is_inert
 
 
 def test_splits_are_disjoint_and_deterministic() -> None:
@@ -46,6 +49,24 @@ def test_parameters_reach_the_dataset() -> None:
     assert nested == load_task("reasoning_gym", dataset="leg_counting", max_animals=4)
 
 
+def test_large_numbers_are_left_out_of_questions_answers_and_solutions() -> None:
+    small = load_task("reasoning_gym", dataset="gsm_symbolic", largest_number=50)
+    assert isinstance(small, ReasoningGym)
+    problems = [*small.train_problems(60, 0), *small.eval_problems(60, 0)]
+    texts = [problem.prompt + " " + problem.answer for problem in problems]
+    for entry in itertools.islice(small.training_stream(0), 60):
+        texts += [entry["question"], entry["answer"], entry["metadata"]["answer_cot"]]
+    numbers = [float(n) for text in texts for n in re.findall(r"\d+(?:\.\d+)?", text)]
+    assert max(numbers) <= 50
+    assert len({problem.prompt for problem in problems}) == 120
+    every = load_task("reasoning_gym", dataset="gsm_symbolic").train_problems(60, 0)
+    assert any(float(problem.answer) > 50 for problem in every)
+    assert (
+        grade_many(small, [f"<answer>{p.answer}</answer>" for p in problems], problems)
+        == [1.0] * 120
+    )
+
+
 @pytest.mark.parametrize(
     ("params", "field", "says"),
     [
@@ -55,6 +76,8 @@ def test_parameters_reach_the_dataset() -> None:
         ({"dataset": "leg_counting", "seed": 3}, "seed", "leave it out"),
         ({"dataset": "leg_counting", "max_animals": -3}, "parameters", "refuses"),
         ({"dataset": "leg_counting", "template": "x"}, "template", "must contain"),
+        ({"dataset": "gsm_symbolic", "largest_number": 0}, "largest_number", "at least 1"),
+        ({"dataset": "gsm_symbolic", "largest_number": 2.5}, "largest_number", "at least 1"),
     ],
 )
 def test_bad_parameters(params: dict[str, object], field: str, says: str) -> None:
