@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from capo.lab.rundir import RunDirectory
@@ -19,7 +21,9 @@ JUDGED, FORESEEN = 0.06, 0.03
 # A measurement beside the run, in runs: the predictors at four depths on every token of every step.
 FACTORS: dict[Measure, float] = {"runs": 1.0, "fidelity": 3.0, "cost": 1.1}
 PRETRAINING = 0.3  # seconds of one core for an optimizer step of the embedded policy's recipe
-ROOM = 64  # tokens of a completion up to which the model's own figures hold
+TOKENS = 30  # of a prompt and its completion, in the embedded policy's task
+CHARACTERS = 3.0  # of English in a token of a recipe's BPE
+PROMPTS = 32  # whose length is looked at
 Kind = tuple[Measure, str | None]
 ENOUGH = 3  # finished runs from which a rate is taken
 
@@ -63,12 +67,23 @@ def modelled_seconds(point: Point) -> float:
 
 
 def _weight(recipe: dict[str, Any] | None) -> float:
-    """What a run of a recipe's policy costs, in runs of the embedded one: by its shape and its room."""
+    """What a run of a recipe's policy costs, in runs of the embedded one: by its shape and its tokens."""
     if recipe is None:
         return 1.0
     config = PretrainConfig.from_dict(recipe)
-    room = float(config.task.params.get("max_completion_tokens", ROOM))
-    return _shape(config) * max(1.0, room / ROOM)
+    return _shape(config) * max(1.0, _tokens(json.dumps(recipe, sort_keys=True)) / TOKENS)
+
+
+@lru_cache
+def _tokens(recipe: str) -> float:
+    """About as many as a prompt and its completion have: half the room that there is for one."""
+    from capo.policies.lessons import task_of
+
+    config = PretrainConfig.from_dict(json.loads(recipe))
+    task = task_of(config)
+    prompts = [len(problem.prompt) for problem in task.train_problems(PROMPTS, 0)]
+    per_token = 1.0 if config.vocabulary is None else CHARACTERS
+    return fmean(prompts) / per_token + 0.5 * task.max_completion_tokens
 
 
 def _shape(config: PretrainConfig) -> float:
