@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import capo
+from capo.core.adam_move import AdamMove
 from capo.lab.gpu.sizes import Sizes
 from capo.lab.gpu.timing import Record, device
 
@@ -126,6 +127,12 @@ def run(sizes: Sizes, record: Record) -> None:
             record.add(name, off)
             if is_red(off):
                 red.append(name)
+    for narrow in dtypes:
+        name = f"moved parameter, {str(narrow).removeprefix('torch.')} gradient and moments"
+        off = {"moved": moved_distance(narrow, seed)}
+        record.add(name, off)
+        if is_red(off):
+            red.append(name)
     record.add("red", red)
     if red:
         raise SystemExit(f"out of bounds: {', '.join(red)}")
@@ -162,10 +169,25 @@ def judge(given: dict[str, Any], impl: str) -> capo.TokenCurvature:
     return capo.token_curvature(*first, **given, impl=impl)
 
 
+def moved_distance(narrow: torch.dtype, seed: int, length: int = 100_003) -> float:
+    """``‖found − exact‖ / ‖exact‖`` of a float32 parameter moved by half of a long step of AdamW."""
+    g = torch.Generator(device()).manual_seed(seed)
+    value, grad, first, root = (torch.randn(length, generator=g, device=device()) for _ in range(4))
+    grad, first, second = grad.to(narrow), first.to(narrow), root.square().to(narrow)
+    move = AdamMove(0.1, (0.9, 0.999), 1e-8, 0.3, first, second, step=7)
+    with poisoned():
+        found = move.by_kernel(value, grad, 0.5).double()
+    wide = replace(move, exp_avg=first.double(), exp_avg_sq=second.double())
+    exact = wide.moved(value.double(), grad.double(), 0.5)
+    assert exact is not None
+    return float((found - exact).norm() / exact.norm())
+
+
 def small() -> None:
     """One small pass through every kernel, for a memory checker to watch."""
     for kind in ("sgd", "frozen", "adam"):
         given = problem(kind, 33, 1003, 72, torch.bfloat16, 1)
         found = judge(given, "triton")
         assert bool(torch.isfinite(found.policy_shift).all())
+    assert moved_distance(torch.bfloat16, 1, length=5003) < BOUND
     print("small: done")
