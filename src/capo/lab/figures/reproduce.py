@@ -92,7 +92,8 @@ def record_of(
 def _machines(made: Sequence[dict[str, Any]]) -> dict[str, int]:
     """How many runs each kind of machine has made."""
     found = [each["hardware"] for each in made if "hardware" in each]
-    return dict(Counter(f"{each['cpu']}, {each['cores']} cores" for each in found).most_common())
+    named = (f"{h['cpu']}, {h['cores']} core{'s' * (h['cores'] != 1)}" for h in found)
+    return dict(Counter(named).most_common())
 
 
 def _record_before(output: Path, command: str) -> float:
@@ -125,8 +126,9 @@ def readme(figure: FigureOf, record: dict[str, Any], drawn: Drawn) -> str:
     core, wall = clock(record["core_seconds"]), clock(record["wall_seconds"])
     facts = [
         f"Command: `{record['command']}`. Seeds: {seeds}. Commit: {commits}{changed}.",
-        f"{record['runs']} of {record['wanted']} runs, {core} of processes in all; making them "
-        f"took {wall} of wall time here. {'; '.join(machines)}.",
+        f"{record['runs']} of {record['wanted']} runs, {core} of processes in all"
+        + (f"; making them took {wall} of wall time here. " if record["wall_seconds"] else ". ")
+        + f"{'; '.join(machines)}.",
     ]
     parts = [f"# {figure.title}", "\n".join(facts)]
     if record["failed"]:
