@@ -79,6 +79,16 @@ def test_the_same_points_give_the_same_bytes(runs, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.tar.xz", "runs", "two.tar.xz"]
 
 
+def test_the_path_of_this_machine_stays_here(runs, tmp_path):
+    directory = RunDirectory(runs / POINTS[0].folder())
+    directory.write("config.json", {"policy": {"path": str(runs / "policies" / "0")}})
+    archive, other = tmp_path / "points.tar.xz", tmp_path / "other"
+    pack(POINTS, runs, archive)
+    unpack(archive, other)
+    taken = RunDirectory(other / POINTS[0].folder())
+    assert taken.read("config.json") == {"policy": {"path": "runs/policies/0"}}
+
+
 def test_what_is_over_stays_and_what_is_half_finished_is_replaced(runs, tmp_path):
     archive, other = tmp_path / "points.tar.xz", tmp_path / "other"
     pack(POINTS, runs, archive)

@@ -61,7 +61,7 @@ def pack(points: Iterable[Point], runs: Path, archive: Path) -> int:
                 for name in READ:
                     path = runs / folder / name
                     if path.is_file():
-                        _add(tar, f"{folder}/{name}", path.read_bytes())
+                        _add(tar, f"{folder}/{name}", _elsewhere(path.read_bytes(), runs))
         aside.replace(archive)
     except OSError as error:
         raise InputError(
@@ -87,6 +87,11 @@ def unpack(archive: Path, runs: Path) -> Unpacked:
         for folder in new:
             _place(Path(scratch) / folder, RunDirectory(runs / folder))
     return Unpacked(len(new), len(folders) - len(new))
+
+
+def _elsewhere(content: bytes, runs: Path) -> bytes:
+    """Without this machine's own path to the runs."""
+    return content.replace(str(runs).encode(), b"runs") if runs.is_absolute() else content
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
