@@ -25,6 +25,9 @@ OPTIMIZERS: dict[str, Make] = {
     "nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
     "adam": lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.8, 0.95), eps=1e-6),
     "adam-decay": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.3),
+    "adam-decoupled": lambda p: torch.optim.Adam(
+        p, lr=0.01, weight_decay=0.3, decoupled_weight_decay=True
+    ),
     "adam-amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.5, 0.6), amsgrad=True),
     "adam-maximize": lambda p: torch.optim.Adam(p, lr=0.01, maximize=True),
     "adam-tensor-lr": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01).double(), foreach=False),

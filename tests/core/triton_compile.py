@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 import capo
 from capo.core import step_kernel
-from capo.core.adam_move import AdamMove
+from capo.core.adam_move import moved_by_kernel
 from capo.core.statistics import triton_backend, triton_kernels, triton_row_kernels
 from capo.core.statistics.problem import Head, Problem
 
@@ -146,7 +146,8 @@ def test_the_moved_parameter_compiles(dtype: torch.dtype, monkeypatch: pytest.Mo
     kernel = step_kernel.moved_by_adam_kernel
     monkeypatch.setattr(step_kernel, "moved_by_adam_kernel", Recorder(kernel, caught))
     w = torch.zeros(V, d, dtype=dtype)
-    AdamMove(0.1, (0.9, 0.99), 1e-8, 0.1, w, w, 4).by_kernel(w, w, 0.5)
+    step = capo.AdamStep(0.1, (0.9, 0.99), 1e-8, w, w, 3, 0.1)
+    moved_by_kernel(step, w, w, 0.5)
     ((_, arguments),) = caught
     for capability in SHARED_MEMORY:
         compiled = compile_launch(kernel, arguments, GPUTarget("cuda", capability, 32))

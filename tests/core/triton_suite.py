@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import capo
-from capo.core.adam_move import AdamMove
+from capo.core.adam_move import moved_by_kernel
 from capo.core.statistics.rest import ABSENT
 from capo.core.statistics.triton_backend import largest
 from capo.core.statistics.triton_kernels import activate
@@ -359,8 +359,8 @@ def test_a_parameter_moved_by_adam(narrow: torch.dtype, numel: int, decay: float
     value, grad, first = (each.to(DEVICE, narrow) for each in drawn)
     second = torch.rand(numel, generator=generator).to(DEVICE, narrow) ** 2
     before = [each.clone() for each in (value, grad, first, second)]
-    move = AdamMove(0.01, (0.9, 0.999), 1e-8, decay, first, second, step=4)
-    moved = move.by_kernel(value, grad, 0.5)
+    step = capo.AdamStep(0.01, (0.9, 0.999), 1e-8, first, second, 3, decay)
+    moved = moved_by_kernel(step, value, grad, 0.5)
     assert moved.dtype == narrow
     for each, old in zip((value, grad, first, second), before, strict=True):
         assert torch.equal(each, old)

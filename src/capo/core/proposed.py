@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from capo.core.adam_move import AdamMove
+from capo.core.adam_move import moved_by_adam
 from capo.core.errors import InputError
 from capo.core.steps import AdamStep, MomentumStep, SGDStep
 
@@ -52,7 +52,6 @@ class ProposedStep:
     def __init__(self, optimizer: Optimizer, gradients: dict[int, Tensor] | None = None) -> None:
         self.optimizer = optimizer
         self._gradients = gradients
-        self._steps: dict[int, Any] | None = None
         self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
 
     def __call__(self, parameter: Float[Tensor, "..."]) -> Float[Tensor, "..."] | None:
@@ -78,23 +77,12 @@ class ProposedStep:
         group, gradient = found
         value = current.detach()
         state = self.optimizer.state.get(parameter, {})
-        adam = AdamMove.of(type(self.optimizer), group, state, self._steps_taken(parameter))
-        moved = None if adam is None else adam.moved(value, gradient.detach(), scale)
+        adam = _plain_adam(type(self.optimizer), group, state)
+        moved = None if adam is None else moved_by_adam(adam, value, gradient.detach(), scale)
         if moved is not None:
             return moved
         step = _proposed(self.optimizer, group, parameter, gradient)
         return torch.add(value.to(step.dtype), step, alpha=scale).to(value.dtype)
-
-    def _steps_taken(self, parameter: Tensor) -> int:
-        """Steps that the optimizer has taken on a parameter: read from a GPU for all at once, and once."""
-        if self._steps is None:
-            held = {
-                id(p): state["step"] for p, state in self.optimizer.state.items() if "step" in state
-            }
-            there = {key: step for key, step in held.items() if getattr(step, "is_cuda", False)}
-            read = torch.stack(list(there.values())).tolist() if there else []
-            self._steps = {**held, **dict(zip(there, read, strict=True))}
-        return int(self._steps.get(id(parameter), 0))
 
     def _of(self, parameter: Tensor) -> tuple[dict[str, Any], Tensor] | None:
         """Group and gradient of a parameter that will be stepped."""
@@ -141,9 +129,23 @@ def step_from_state(
     if group.get("maximize", False):
         loss_grad = -loss_grad
     weight = parameter.detach().to(dtype)
-    if kind is torch.optim.Adam and group["weight_decay"]:
+    if _couples_decay(kind, group):
         loss_grad = loss_grad + group["weight_decay"] * weight  # coupled, unlike AdamW's
     return step.of_gradient(loss_grad, weight)
+
+
+def _plain_adam(kind: type, group: dict[str, Any], state: dict[str, Any]) -> AdamStep | None:
+    """Adam or AdamW with moments, and nothing but decoupled decay beside them."""
+    if "exp_avg" not in state or group.get("maximize", False) or _couples_decay(kind, group):
+        return None
+    step = _written_out(kind, group, state)
+    return step if isinstance(step, AdamStep) else None
+
+
+def _couples_decay(kind: type, group: dict[str, Any]) -> bool:
+    """Whether weight decay is a part of the gradient, as in Adam unless it is asked not to be."""
+    decoupled = group.get("decoupled_weight_decay", False)
+    return kind is torch.optim.Adam and bool(group["weight_decay"]) and not decoupled
 
 
 def _group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
@@ -170,7 +172,6 @@ def _written_out(
             weight_decay=decay,
         )
     if kind in (torch.optim.Adam, torch.optim.AdamW) and not group["amsgrad"]:
-        decoupled = kind is torch.optim.AdamW or group.get("decoupled_weight_decay", False)
         return AdamStep(
             float(group["lr"]),
             tuple(float(b) for b in group["betas"]),  # type: ignore[arg-type]
@@ -178,7 +179,7 @@ def _written_out(
             state.get("exp_avg"),
             state.get("exp_avg_sq"),
             int(state.get("step", 0)),
-            weight_decay=group["weight_decay"] if decoupled else 0.0,
+            weight_decay=0.0 if _couples_decay(kind, group) else group["weight_decay"],
         )
     return None
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import capo
-from capo.core.adam_move import AdamMove
+from capo.core.adam_move import moved_by_adam, moved_by_kernel
 from capo.lab.gpu.sizes import Sizes
 from capo.lab.gpu.timing import Record, device
 
@@ -174,11 +174,10 @@ def moved_distance(narrow: torch.dtype, seed: int, length: int = 100_003) -> flo
     g = torch.Generator(device()).manual_seed(seed)
     value, grad, first, root = (torch.randn(length, generator=g, device=device()) for _ in range(4))
     grad, first, second = grad.to(narrow), first.to(narrow), root.square().to(narrow)
-    move = AdamMove(0.1, (0.9, 0.999), 1e-8, 0.3, first, second, step=7)
+    step = capo.AdamStep(0.1, (0.9, 0.999), 1e-8, first, second, 6, 0.3)
     with poisoned():
-        found = move.by_kernel(value, grad, 0.5).double()
-    wide = replace(move, exp_avg=first.double(), exp_avg_sq=second.double())
-    exact = wide.moved(value.double(), grad.double(), 0.5)
+        found = moved_by_kernel(step, value, grad, 0.5).double()
+    exact = moved_by_adam(in_float64(step), value.double(), grad.double(), 0.5)
     assert exact is not None
     return float((found - exact).norm() / exact.norm())
 
