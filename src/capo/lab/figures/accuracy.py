@@ -9,6 +9,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
+from capo.lab.figures.criteria import FIRST_PASS
 from capo.lab.figures.figure import Drawn
 from capo.lab.report.charts import MAIN, Figure
 from capo.lab.study.statistics import Value, exactly, ratio_of_medians
@@ -196,9 +197,6 @@ def _over_threshold(data: pd.DataFrame, column: str, title: str) -> Figure:
     return Figure(
         slug, f"{title.capitalize()} over the threshold", caption, alt.layer(*layers), data
     )
-
-
-FIRST_PASS = "-first-pass"  # variants of one seed, to show that they are GRPO
 
 
 def rivals(result: GridResult) -> Drawn:

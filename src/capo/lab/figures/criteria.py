@@ -18,6 +18,10 @@ LEARNT = 0.05
 """Above the base policy: what a run has to gain to have learnt anything."""
 
 
+FIRST_PASS = "-first-pass"
+"""Variants of one seed that are there to show that they are GRPO; nobody's rival."""
+
+
 MOST = 0.8  # of the seeds, or of the runs: what "most" means below
 
 
@@ -259,7 +263,7 @@ def ahead_of_rivals(name: str) -> Callable[[Numbers], Judged]:
                 row
                 for row in numbers["cells"]
                 if row["variant"] not in ("capo", "trust-region")
-                and not row["variant"].endswith("-first-pass")  # GRPO, with one seed
+                and not row["variant"].endswith(FIRST_PASS)
                 and row.get("training.learning_rate") == rate
                 and "final_accuracy" in row
             ]

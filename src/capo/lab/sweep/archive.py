@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import lzma
-import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterable
@@ -128,7 +127,6 @@ def _extract(archive: Path, scratch: Path) -> list[str]:
 def _place(taken: Path, directory: RunDirectory) -> None:
     with directory.locked():
         directory.clear()
-        shutil.rmtree(directory.checkpoints, ignore_errors=True)
         for name in READ:  # the mark last: only with it the point is over
             if (taken / name).is_file():
                 (taken / name).replace(directory.path / name)
