@@ -170,6 +170,16 @@ def test_nothing_to_pack_and_nowhere_to_write(runs, tmp_path):
         pack(POINTS, runs, tmp_path / "file" / "points.tar.xz")
 
 
+def test_a_pack_that_fails_leaves_nothing_half_written(runs, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("capo.lab.sweep.archive._add", full)
+    with pytest.raises(InputError, match="No space left"):
+        pack(POINTS, runs, tmp_path / "out" / "points.tar.xz")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_the_commands(runs, tmp_path):
     grid = str(write_grid(tmp_path, GRID.replace("[1e-4, 1e-3]", "[1e-3]")))
     archive, other = str(tmp_path / "points.tar.xz"), str(tmp_path / "other")

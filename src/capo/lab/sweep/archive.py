@@ -5,6 +5,7 @@ The same points give the same bytes, and a point is taken out whole or not at al
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import lzma
@@ -52,9 +53,9 @@ def pack(points: Iterable[Point], runs: Path, archive: Path) -> int:
     }
     if not over:
         raise InputError("--runs", f"no point of the grid is over in {str(runs)!r}.")
+    aside = archive.with_name(f".{archive.name}.tmp")
     try:
         archive.parent.mkdir(parents=True, exist_ok=True)
-        aside = archive.with_name(f".{archive.name}.tmp")
         with tarfile.open(aside, "w:xz", preset=9) as tar:
             for folder in sorted(over):
                 for name in READ:
@@ -66,6 +67,9 @@ def pack(points: Iterable[Point], runs: Path, archive: Path) -> int:
         raise InputError(
             "--output", f"{str(archive)!r} cannot be written: {error.strerror}."
         ) from None
+    finally:
+        with contextlib.suppress(OSError):  # there after a failure only
+            aside.unlink(missing_ok=True)
     return len(over)
 
 
