@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from capo.lab.rundir import write_text
+from capo.lab.rundir import write_text, written_aside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,10 +59,8 @@ class TokenWriter:
             return
         self.directory.mkdir(exist_ok=True)
         path = self.directory / f"step-{step:06d}.npz"
-        aside = path.with_name(f".{path.name}.tmp")
-        with aside.open("wb") as handle:
+        with written_aside(path) as aside, aside.open("wb") as handle:
             np.savez_compressed(handle, **pack(records))
-        aside.replace(path)
 
 
 def pack(records: list[TokenRecord]) -> dict[str, Any]:

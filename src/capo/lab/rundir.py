@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -219,14 +219,25 @@ class RunDirectory:
         return found
 
 
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to: it takes that one's place, or is gone after a failure."""
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        yield aside
+        aside.replace(path)
+    except BaseException:
+        with suppress(OSError):  # the failure is the news
+            aside.unlink()
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w", encoding="utf-8") as handle:
+    with written_aside(path) as aside, aside.open("w", encoding="utf-8") as handle:
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())
-    aside.replace(path)
 
 
 def _is_ours(name: str) -> bool:

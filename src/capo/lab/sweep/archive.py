@@ -5,7 +5,6 @@ The same points give the same bytes, and a point is taken out whole or not at al
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import lzma
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from capo.core.errors import InputError
-from capo.lab.rundir import RunDirectory
+from capo.lab.rundir import RunDirectory, written_aside
 from capo.lab.sweep.execute import MARK, MEASURED, mark_of
 from capo.lab.sweep.point import Point
 
@@ -53,23 +52,18 @@ def pack(points: Iterable[Point], runs: Path, archive: Path) -> int:
     }
     if not over:
         raise InputError("--runs", f"no point of the grid is over in {str(runs)!r}.")
-    aside = archive.with_name(f".{archive.name}.tmp")
     try:
         archive.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(aside, "w:xz", preset=9) as tar:
+        with written_aside(archive) as aside, tarfile.open(aside, "w:xz", preset=9) as tar:
             for folder in sorted(over):
                 for name in READ:
                     path = runs / folder / name
                     if path.is_file():
                         _add(tar, f"{folder}/{name}", _elsewhere(path.read_bytes(), runs))
-        aside.replace(archive)
     except OSError as error:
         raise InputError(
             "--output", f"{str(archive)!r} cannot be written: {error.strerror}."
         ) from None
-    finally:
-        with contextlib.suppress(OSError):  # there after a failure only
-            aside.unlink(missing_ok=True)
     return len(over)
 
 

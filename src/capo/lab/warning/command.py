@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from capo.lab.provenance import collect_provenance
+from capo.lab.rundir import write_text
 from capo.lab.warning.plan import RunPlan, freezing_runs, judged_runs
 from capo.lab.warning.watched import Watched, watch_run
 
@@ -96,6 +97,4 @@ def write(path: Path, document: dict[str, Any]) -> None:
     rest = {key: value for key, value in document.items() if key != "runs"}
     head = json.dumps(rest, indent=1)[1:-1].rstrip()
     text = "{" + (f"{head}," if head else "") + '\n "runs": [\n  ' + ",\n  ".join(rows)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(text + "\n ]\n}\n", encoding="utf-8")
-    aside.replace(path)
+    write_text(path, text + "\n ]\n}\n")
