@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from capo.lab.recorder import _check_finite
 from capo.lab.run import check_resumable, train
 from capo.lab.rundir import OUT_OF_TIME, RunDirectory
 from capo.lab.sources import load_config
-from capo.lab.sweep import drive
+from capo.lab.sweep import drive, execute
 from capo.lab.sweep.execute import end_point, is_divergence, make_point, mark_of
 from capo.lab.sweep.grid import parse_grid
 from capo.lab.sweep.reading import read_run
@@ -151,3 +152,23 @@ def test_a_sweep_ends_with_its_time_and_what_is_half_finished_can_be_closed(
     assert not first.exists or not first.checkpoints.exists()
     assert end_point(points[1], tmp_path, {}) is None
     assert not second.exists
+
+
+def test_a_points_time_is_its_own_without_its_policys_pretraining(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    now = [0.0]
+
+    def passes(seconds: float, result: object = None) -> Callable[..., object]:
+        def work(*_: object) -> object:
+            now[0] += seconds
+            return result
+
+        return work
+
+    monkeypatch.setattr(execute, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(execute, "make_policy", passes(3600.0))
+    monkeypatch.setattr(execute, "_make", passes(60.0, "steps"))
+    point = parse_grid(GRID).points()[0]
+    (tmp_path / point.folder()).mkdir()
+    assert make_point(point, tmp_path, {}).seconds == 60.0

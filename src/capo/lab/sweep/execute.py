@@ -28,7 +28,7 @@ class Mark:
         fingerprint: of the point.
         ended: ``time``: its time was over, with steps left; ``diverged``: the weights are no numbers any
             more, and nothing can be sampled.
-        seconds: wall clock of all processes that were at it, as far as they came to an end.
+        seconds: wall clock of the process that ended it, without its base policy's pre-training.
         provenance: commit, hardware, package versions.
     """
 
@@ -63,8 +63,8 @@ def make_point(point: Point, runs: Path, provenance: dict[str, Any]) -> Mark:
     mark = mark_of(directory, point)
     if mark is not None:
         return mark
-    began = time.monotonic()
     make_policy(point, runs)
+    began = time.monotonic()
     ended = _make(point, directory, runs)
     mark = Mark(point.fingerprint(), ended, round(time.monotonic() - began, 2), provenance)
     directory.write(MARK, asdict(mark))
