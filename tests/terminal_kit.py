@@ -103,7 +103,7 @@ def on_terminal(*arguments: str, cwd: Path, columns: int = 100, limit: float = 3
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     ignored = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
     environment = {name: value for name, value in os.environ.items() if name not in ignored}
-    environment |= {"TERM": "xterm-256color", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    environment |= {"TERM": "xterm-256color", "PYTHONUTF8": "1"}
     process = subprocess.Popen(
         capo_command(*arguments),
         stdin=slave,

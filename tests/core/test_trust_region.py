@@ -31,7 +31,6 @@ from capo.core.trust_region import (
     make_trust_region,
 )
 
-torch.set_num_threads(1)
 OPTIMIZERS: dict[str, Any] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
     "adam": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=0.1),

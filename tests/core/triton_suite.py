@@ -31,8 +31,6 @@ from core.subject import FIELDS, arguments
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"tokens": 16, "rows": 16, "width": 16, "warps": 1, "stages": 1}
 
-torch.set_num_threads(1)
-
 each_mode = pytest.mark.parametrize("mode", MODES, ids=lambda m: m.name)
 
 

@@ -33,7 +33,6 @@ def environment(engine: str) -> dict[str, str]:
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(p for p in paths if p),
-        "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         **(zero if engine.startswith("zero") else {}),
     }

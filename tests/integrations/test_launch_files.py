@@ -135,7 +135,6 @@ def test_two_processes_train(tmp_path):
             "DATA": str(data),
             "LAUNCH": "--num_processes 2 --mixed_precision no",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "HF_HUB_OFFLINE": "1",
         },

@@ -128,7 +128,6 @@ def run(tmp_path, preset, *arguments):
         text=True,
         check=False,
         timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 
@@ -167,7 +166,6 @@ def test_an_interrupted_command_keeps_what_is_finished(tmp_path, preset):
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
     folder = tmp_path / "runs" / "trust_region"
@@ -197,7 +195,6 @@ def test_the_workers_of_a_killed_command_end_with_it(tmp_path, preset):
         command(tmp_path, preset, "--only", "final/capo-*"),
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     folder = tmp_path / "runs" / "trust_region"
     deadline = time.monotonic() + 120

@@ -16,8 +16,6 @@ from capo.lab.tabular_mdp import TabularMDP, evaluate, policy_gradient, random_m
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-torch.set_num_threads(1)
-
 FORMS: list[dict[str, Any]] = [{"discount": 0.9}, {"discount": 0.3}, {"horizon": 1}, {"horizon": 4}]
 
 

@@ -34,8 +34,6 @@ from capo.lab.tabular_study import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-torch.set_num_threads(1)
-
 FAST = (Setting(discount=0.3), Setting(discount=0.9), Setting(horizon=1), Setting(horizon=4))
 NEVER = (
     "violations_exact",
