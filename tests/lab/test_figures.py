@@ -204,6 +204,29 @@ def test_proxies_and_rivals_compare_intervals():
     assert verdict("rivals", numbers, "Under identical").verdict == "holds"
 
 
+def test_rivals_are_ranked_by_the_highest_learning_rate():
+    def of(cell, seed):
+        high = cell.at["training.learning_rate"] == 1e-3
+        curves = {"trust-region": LEARNS, "kl-1": FALLS if high else LEARNS}
+        return invented(Point(cell, seed), curves.get(cell.variant, STAYS))
+
+    _, _, _, numbers = drawn("rivals", of)
+    ranked = next(iter(numbers.tables.values()))
+    assert ranked[0][""] == "CAPO (trust region)"
+    assert ranked[-1][""] == "KL penalty 1"  # best at the lower rate alone
+    assert "2 of 2 collapsed" in ranked[-1]["learning rate 0.001"]
+    assert "collapsed" not in ranked[-1]["learning rate 0.00025"]
+    assert [row[""] for row in ranked].count("GSPO, 5 passes") == 1
+    bands = [rule for each in numbers.figures for rule in each.extras["base"]["rule"]]
+    assert sorted(bands) == sorted(row[""] for row in ranked)
+    for each in numbers.figures:
+        assert set(each.data["rule"]) == set(each.extras["base"]["rule"])
+        assert list(each.data["series"].unique()) == [
+            "learning rate 0.00025",
+            "learning rate 0.001",
+        ]
+
+
 def test_ratio_rules_are_compared_with_grpo_on_the_first_pass():
     def of(cell, seed):
         shift = 0.25 if cell.variant == "sapo-first-pass" else 0.0

@@ -9,7 +9,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from capo.lab.figures.criteria import FIRST_PASS
+from capo.lab.figures.bands import MOST_ROWS
 from capo.lab.figures.figure import Drawn
 from capo.lab.report.charts import MAIN, Figure
 from capo.lab.study.statistics import Value, exactly, ratio_of_medians
@@ -20,7 +20,6 @@ from capo.lab.sweep.table import REJECTION, final_accuracy, rejections, shown, t
 
 CONSERVATIVE, AGGRESSIVE = "grpo-conservative", ("grpo", "dr-grpo", "reinforce")
 MOST_CURVES = 24  # cells: of more, nobody reads the curves; `capo lab report` draws them all
-MOST_ROWS = 18  # of one figure: more are too small to be read
 MASKED = ("capo", "dr-capo", "reincapo")
 
 
@@ -197,50 +196,6 @@ def _over_threshold(data: pd.DataFrame, column: str, title: str) -> Figure:
     return Figure(
         slug, f"{title.capitalize()} over the threshold", caption, alt.layer(*layers), data
     )
-
-
-def rivals(result: GridResult) -> Drawn:
-    """Ranking, and that ratio rules are GRPO on the first pass."""
-    drawn = base(result)
-    ranked = [each for each in result.cells if not each.cell.variant.endswith(FIRST_PASS)]
-    drawn.figures[:0] = final_figures(ranked)
-    drawn.numbers["on_policy"] = equal = _on_policy(result)
-    if equal:
-        apart = ", ".join(f"{name} {difference:g}" for name, difference in equal.items())
-        drawn.notes.append(
-            "Ratio rules on the first pass, the largest difference of a batch's mean reward from GRPO's: "
-            f"{apart}. Those of one seed are not ranked."
-        )
-    return drawn
-
-
-SAME_NORMALISATION = {
-    **{name: name for name in ("clip-0.02", "clip-0.002")},
-    **{name: name + FIRST_PASS for name in ("two-sided", "clip-higher", "gspo", "sapo")},
-}
-"""Ratio rules that weigh tokens as GRPO does, and the variants of their first pass."""
-
-
-def _on_policy(result: GridResult) -> dict[str, float]:
-    """Largest difference of any reward in a batch between GRPO and a ratio rule, both on one pass."""
-    found: dict[str, float] = {}
-    for plain in result.all("clip-0.2", num_iterations=1):
-        rate = plain.cell.at["training.learning_rate"]
-        for name, variant in SAME_NORMALISATION.items():
-            for other in result.all(variant, learning_rate=rate):
-                if other.cell.at.get("algorithm.num_iterations", 1) != 1:
-                    continue
-                pairs = [
-                    (a, b) for a in plain.runs for b in other.runs if a.point.seed == b.point.seed
-                ]
-                apart = [abs(x[1] - y[1]) for a, b in pairs for x, y in _pairs(a, b)]
-                if apart:
-                    found[name] = max([found.get(name, 0.0), *apart])
-    return found
-
-
-def _pairs(a: Run, b: Run) -> list[tuple[tuple[int, float], tuple[int, float]]]:
-    return list(zip(a.series("reward"), b.series("reward"), strict=False))
 
 
 def mapped(result: GridResult) -> Drawn:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from capo.lab.figures import accuracy, costs, tasks, warning
+from capo.lab.figures import accuracy, costs, rivals, tasks, warning
 from capo.lab.figures.figure import FigureOf
 
 FIGURES: tuple[FigureOf, ...] = (
@@ -21,7 +21,7 @@ FIGURES: tuple[FigureOf, ...] = (
     FigureOf("selections", "Hard, soft, budgeted and self-found thresholds", accuracy.compared),
     FigureOf("thresholds", "The threshold over orders of magnitude", accuracy.thresholds),
     FigureOf("proxies", "The last-layer model against cheaper proxies", accuracy.compared),
-    FigureOf("rivals", "Rivals under identical aggressive conditions", accuracy.rivals),
+    FigureOf("rivals", "Rivals under identical aggressive conditions", rivals.rivals),
     FigureOf("map", "Where token masks help, and where they do not", accuracy.mapped),
     FigureOf("tasks", "The same settings on eleven tasks and architectures", tasks.tasks),
 )

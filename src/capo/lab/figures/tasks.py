@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-import altair as alt
 import pandas as pd
 
-from capo.lab.figures.accuracy import MOST_ROWS, to_target
+from capo.lab.figures.accuracy import to_target
+from capo.lab.figures.bands import final_accuracy_bands
 from capo.lab.figures.figure import Drawn
-from capo.lab.report.charts import MAIN, Figure, point_encodings
+from capo.lab.report.charts import Figure
 from capo.lab.study.statistics import Estimate, median_estimate, ratio_of_medians
 from capo.lab.sweep.intervals import Interval
 from capo.lab.sweep.reading import CellResult, GridResult, searched_mean
@@ -210,33 +210,9 @@ def _figures(
         if (found := row["arms"].get(arm)) is not None
     )
     base = pd.DataFrame({"task": row["label"], "value": row["base"]} for row in rows)
-    order, shown = [row["label"] for row in rows], [names[arm] for arm in arms]
-    between = alt.Axis(labelLimit=320, labelOverlap=False, grid=True, tickBand="extent")
-    y = alt.Y("task:N", title=None, sort=order, axis=between)
-    axis = alt.Axis(tickCount=10)
-    x: dict[str, Any] = {"title": "final accuracy", "scale": alt.Scale(domain=[0, 1]), "axis": axis}
-    looks = point_encodings(shown, data)
-    start = alt.Chart(alt.NamedData(name=MAIN)).encode(
-        y=y, yOffset=alt.YOffset("series:N", sort=shown), color=looks["color"]
-    )
-    rule = start.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", **x), x2="high:Q")
-    point = start.mark_point(filled=True, size=60, opacity=1).encode(
-        x=alt.X("value:Q", **x), shape=looks["shape"]
-    )
-    bases = (
-        alt.Chart(alt.NamedData(name="base"))
-        .mark_tick(thickness=1.5, size=ROW - 12, color="#59636E", opacity=0.8)
-        .encode(y=y, x=alt.X("value:Q", **x))
-    )
-    assert len(rows) <= MOST_ROWS, "one figure holds no more"
+    title = "Final accuracy on every task and architecture"
     return [
-        Figure(
-            "final",
-            "Final accuracy on every task and architecture",
-            "Points: interquartile mean over the seeds; lines: 95 % bootstrap interval; grey: base policy.",
-            alt.layer(bases, rule, point),
-            data,
-            {"base": base},
-            export_height=len(rows) * ROW,
+        final_accuracy_bands(
+            "final", title, data, base, [names[arm] for arm in arms], row="task", height=ROW
         )
     ]
