@@ -168,11 +168,13 @@ def test_pages_open(driver: Any, address: str, site: Path, width: int, scheme: s
 
 
 @pytest.mark.browser
-def test_theme_and_search(driver: Any, address: str) -> None:
+@pytest.mark.parametrize("origin", ["server", "disk"])
+def test_theme_and_search(driver: Any, address: str, site: Path, origin: str) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
+    start = address if origin == "server" else site.as_uri()
     emulate(driver, 1280, "light")
-    driver.get(f"{address}/method.html")
+    driver.get(f"{start}/method.html")
     background = "return getComputedStyle(document.body).backgroundColor"
     light = driver.execute_script(background)
     driver.execute_script("document.querySelector('label[for=__palette_1]').click()")
@@ -182,4 +184,6 @@ def test_theme_and_search(driver: Any, address: str) -> None:
     box.send_keys("rejection_rate")
     found = "return document.querySelectorAll('.md-search-result__item').length"
     WebDriverWait(driver, WAIT).until(lambda d: d.execute_script(found) > 0)
+    link = driver.find_element("css selector", ".md-search-result__link").get_attribute("href")
+    assert link.startswith(start)
     assert driver.get_log("browser") == []
