@@ -1,10 +1,15 @@
-"""Tab: a real bash is offered presets, keys, figures, suites, and what it offers is what there is."""
+"""Tab: real shells are offered presets, keys, figures, suites, and what they offer is what there is."""
 
 from __future__ import annotations
 
 import os
+import pty
+import re
+import select
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -63,48 +68,136 @@ def test_files_are_offered_beside_presets(monkeypatch, tmp_path):
     assert words(completing.configs("absent/x")) == []
 
 
-def bash(script: str, home: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
+def environment(home: Path) -> dict[str, str]:
+    return os.environ | {
         "HOME": str(home),
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT / "src"),
+        "TERM": "dumb",
+        "PS1": "$ ",
     }
+
+
+def found(shell: str) -> str:
+    """The shell, without which the test is skipped, but not where nothing may be missing."""
+    if shutil.which(shell) is None:
+        if os.environ.get("CI"):
+            pytest.fail(f"the completion tests need {shell} (apt install it)")
+        pytest.skip(f"no {shell} here")
+    return shell
+
+
+def script(shell: str, code: str, home: Path) -> str:
     return subprocess.run(
-        ["bash", "--norc", "-c", script],
-        env=environment,
+        [found(shell), *(["--norc"] if shell == "bash" else []), "-c", code],
+        env=environment(home),
         cwd=home,
         capture_output=True,
         text=True,
         check=True,
+    ).stdout
+
+
+INTERACTIVE = {
+    "bash": ["bash", "--norc", "-i"],
+    "zsh": ["zsh", "-f", "-i"],
+}
+SET_UP = {"bash": "true", "zsh": "autoload -Uz compinit; compinit -u -D; setopt no_list_beep"}
+
+
+def typed(shell: str, keys: str, home: Path) -> tuple[list[str], str]:
+    """The words that a line of keys comes to on a real terminal, and all that was shown."""
+    found(shell)
+    child, terminal = pty.fork()
+    if child == 0:  # pragma: no cover
+        os.chdir(home)
+        os.execvpe(shell, INTERACTIVE[shell], environment(home))
+    lines = (
+        SET_UP[shell],
+        f'eval "$(_CAPO_COMPLETE=source_{shell} capo)"',
+        "capo() { printf '(%s)' \"$@\"; echo ' so far'; }",  # what is completed is run by its name
+        keys,
+        "exit",
     )
+    os.write(terminal, "".join(f"{line}\n" for line in lines).encode())
+    shown, deadline = b"", time.monotonic() + 120
+    try:
+        while time.monotonic() < deadline:
+            if select.select([terminal], [], [], 1.0)[0]:
+                shown += os.read(terminal, 1 << 16)
+    except OSError:  # it has ended
+        pass
+    finally:
+        os.close(terminal)
+        os.waitpid(child, 0)
+    text = shown.decode()
+    words = re.findall(r"^((?:\([^)\n]*\))+) so far", text, re.M)
+    assert len(words) == 1, text
+    return words[0][1:-1].split(")("), text
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
 @pytest.mark.parametrize(
-    ("line", "offered"),
+    ("keys", "words"),
     [
-        ("capo train small-a", ["small-aggressive", "small-aggressive-capo"]),
-        ("capo train small-capo training.st", ["training.steps="]),
-        ("capo lab reproduce ta", ["table1", "table5", "tasks"]),
-        ("capo doc", ["doctor"]),
+        ("capo train small-aggressive-c\t", "train small-aggressive-capo"),
+        ("capo train small-capo training.st\t5", "train small-capo training.steps=5"),
+        ("capo train small-capo training.optimizer=s\t", "train small-capo training.optimizer=sgd"),
+        ("capo train small-capo capo.selection=dr\tx", "train small-capo capo.selection=dr_capo x"),
+        ("capo compare ru\tx", "compare runs/x"),
+        ("capo doc\t", "doctor"),
     ],
 )
-def test_bash_completes(tmp_path, line, offered):
-    *_, last = line.split()
-    script = (
+def test_on_a_terminal_tab_completes(shell, keys, words, tmp_path):
+    (tmp_path / "runs").mkdir()
+    assert typed(shell, keys, tmp_path)[0] == words.split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_on_a_terminal_tab_shows_what_there_is(shell, tmp_path):
+    _, shown = typed(shell, "capo train small-a\t\t\t", tmp_path)
+    assert "small-aggressive-capo" in shown
+    assert "collapses. " not in shown  # a help's second line is not offered
+    _, shown = typed(shell, "capo train small-capo capo.selection=\t\t", tmp_path)
+    assert "reincapo" in shown
+    assert "algorithm.name=" not in shown
+
+
+OFFERED = [
+    ("capo train small-a", ["small-aggressive", "small-aggressive-capo"]),
+    ("capo train small-capo training.st", ["training.steps="]),
+    ("capo lab reproduce ta", ["table1", "table5", "tasks"]),
+    ("capo doc", ["doctor"]),
+]
+
+
+@pytest.mark.parametrize(("line", "offered"), OFFERED)
+def test_bash_is_offered(tmp_path, line, offered):
+    code = (
         'eval "$(_CAPO_COMPLETE=source_bash capo)"\n'
-        f"COMP_WORDS=({line}); COMP_CWORD={len(line.split()) - 1}\n"
-        f"_capo_completion capo {last}\n"
+        "compopt() { true; }\n"
+        f'COMP_LINE="{line}"; COMP_POINT={len(line)}\n'
+        "_capo_completion capo\n"
         'printf "%s\\n" "${COMPREPLY[@]}"'
     )
-    assert sorted(bash(script, tmp_path).stdout.split()) == offered
+    assert sorted(script("bash", code, tmp_path).split()) == offered
+
+
+@pytest.mark.parametrize(("line", "offered"), OFFERED)
+def test_fish_is_offered(tmp_path, line, offered):
+    code = f'_CAPO_COMPLETE=source_fish capo | source; complete -C "{line}"'
+    rows = script("fish", code, tmp_path).splitlines()
+    assert sorted(row.split("\t")[0] for row in rows if row) == offered
 
 
 def test_completion_is_installed_and_shown(tmp_path):
     # `true` after it keeps bash from replacing itself by capo, which asks for its parent's name.
-    shown = bash("capo --show-completion; true", tmp_path)
-    assert "_CAPO_COMPLETE=complete_bash" in shown.stdout
-    bash("capo --install-completion; true", tmp_path)
-    assert "_capo_completion" in (tmp_path / ".bash_completions" / "capo.sh").read_text()
+    shown = script("bash", "capo --show-completion; true", tmp_path)
+    assert "compopt -o nospace" in shown
+    script("bash", "capo --install-completion; true", tmp_path)
+    assert (tmp_path / ".bash_completions" / "capo.sh").read_text().strip() == shown.strip()
     assert "capo.sh" in (tmp_path / ".bashrc").read_text()
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import capo
-from capo.cli import doctor, evaluation, inspection, lab, make, planning, results, training
+from capo.cli import doctor, evaluation, inspection, lab, make, planning, results, shells, training
 from capo.core.errors import InputError
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ for module in (training, results, inspection, evaluation, lab, planning, make, d
 
 def main() -> None:
     """Run the command line. Bad input ends with one sentence on standard error and exit code 2."""
+    shells.prepare()
     try:
         app()
     except InputError as error:
