@@ -210,7 +210,7 @@ def mapped(result: GridResult) -> Drawn:
         plain = result.of(f"{optimizer}-{condition}-none", learning_rate=rate)
         if not plain.runs:
             continue
-        gain = [m.final_accuracy - p.final_accuracy for m, p in _by_seed(each, plain)]
+        gain = [m.final_accuracy - p.final_accuracy for m, p in by_seed(each, plain)]
         if not gain:
             continue
         rows.append(
@@ -245,7 +245,8 @@ def mapped(result: GridResult) -> Drawn:
     return drawn
 
 
-def _by_seed(a: CellResult, b: CellResult) -> list[tuple[Run, Run]]:
+def by_seed(a: CellResult, b: CellResult) -> list[tuple[Run, Run]]:
+    """The runs of both cells that have a seed in common, in pairs."""
     other = {run.point.seed: run for run in b.runs}
     return [(run, other[run.point.seed]) for run in a.runs if run.point.seed in other]
 

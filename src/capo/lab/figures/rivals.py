@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import fmean
+from typing import Any
 
 import pandas as pd
 
-from capo.lab.figures.accuracy import base
+from capo.lab.figures.accuracy import base, by_seed
 from capo.lab.figures.bands import MOST_ROWS, final_accuracy_bands
 from capo.lab.figures.criteria import FIRST_PASS
 from capo.lab.figures.figure import Drawn
 from capo.lab.report.charts import Figure
-from capo.lab.sweep.reading import CellResult, GridResult, Run
-from capo.lab.sweep.table import final_accuracy
+from capo.lab.sweep.intervals import Interval
+from capo.lab.sweep.reading import GridResult
 
 ROW = 32  # CSS pixels of the figure for a rule
 RATE, PASSES = "training.learning_rate", "algorithm.num_iterations"
 
-Rates = dict[float, CellResult]
-"""A rule's cells by learning rate."""
+Rates = dict[float, dict[str, Any]]
+"""A rule's rows of the table by learning rate."""
 
 
 def rivals(result: GridResult) -> Drawn:
     """Ranking, and that ratio rules are GRPO on the first pass."""
     drawn = base(result)
-    rules = _by_rule(result)
-    rates = sorted({rate for cells in rules.values() for rate in cells})
+    rules = _by_rule(result, drawn.numbers["cells"])
+    rates = sorted({rate for rows in rules.values() for rate in rows})
     drawn.figures[:0] = _figures(rules, rates)
     if rules:
         drawn.tables = {
@@ -43,57 +43,59 @@ def rivals(result: GridResult) -> Drawn:
     return drawn
 
 
-def _by_rule(result: GridResult) -> dict[str, Rates]:
+def _by_rule(result: GridResult, table: Sequence[dict[str, Any]]) -> dict[str, Rates]:
     """Every rule at every number of passes, as far as it was run; in the grid's order."""
     found: dict[str, Rates] = {}
-    for each in result.cells:
-        if each.cell.variant.endswith(FIRST_PASS) or not any(run.evaluations for run in each.runs):
+    for each, row in zip(result.cells, table, strict=True):
+        if each.cell.variant.endswith(FIRST_PASS) or "final_accuracy" not in row:
             continue
         passes = each.cell.at.get(PASSES)
         said = {None: "", 1: ", 1 pass"}.get(passes, f", {passes} passes")
-        found.setdefault(each.cell.label + said, {})[each.cell.at[RATE]] = each
+        found.setdefault(each.cell.label + said, {})[each.cell.at[RATE]] = row
     return found
 
 
 def _ranked(rules: dict[str, Rates], rates: Sequence[float]) -> list[dict[str, str]]:
     """A row a rule; those that were not run at a rate come after those that were."""
 
-    def place(cells: Rates) -> list[float]:
+    def place(rows: Rates) -> list[float]:
         return [
-            final_accuracy(cells[rate].runs).value if rate in cells else -math.inf
+            rows[rate]["final_accuracy"]["value"] if rate in rows else -math.inf
             for rate in reversed(rates)
         ]
 
     return [
-        {"": name} | {f"learning rate {rate:g}": _said(cells.get(rate)) for rate in rates}
-        for name, cells in sorted(rules.items(), key=lambda rule: place(rule[1]), reverse=True)
+        {"": name} | {f"learning rate {rate:g}": _said(rows.get(rate)) for rate in rates}
+        for name, rows in sorted(rules.items(), key=lambda rule: place(rule[1]), reverse=True)
     ]
 
 
-def _said(cell: CellResult | None) -> str:
-    if cell is None:
+def _said(row: dict[str, Any] | None) -> str:
+    if row is None:
         return "-"
-    found = final_accuracy(cell.runs)
-    fallen = sum(run.collapsed for run in cell.runs)
-    return found.text() + (f", {fallen} of {len(cell.runs)} collapsed" if fallen else "")
+    fallen = row["collapsed"]
+    said = f", {fallen} of {row['seeds']} collapsed" if fallen else ""
+    return Interval(**row["final_accuracy"]).text() + said
 
 
 def _figures(rules: dict[str, Rates], rates: Sequence[float]) -> list[Figure]:
     """A band a rule, a colour a learning rate; as few figures as can be read, as even as can be."""
-    number = math.ceil(len(rules) / MOST_ROWS)
-    size = math.ceil(len(rules) / max(number, 1))
+    names = list(rules)
+    number = math.ceil(len(names) / MOST_ROWS)
+    size = math.ceil(len(names) / max(number, 1))
     drawn: list[Figure] = []
     for part in range(number):
-        within = dict(list(rules.items())[part * size : (part + 1) * size])
+        within = names[part * size : (part + 1) * size]
         data = pd.DataFrame(
             {"rule": name, "series": f"learning rate {rate:g}"}
-            | final_accuracy(cells[rate].runs).as_dict()
-            for name, cells in within.items()
+            | rules[name][rate]["final_accuracy"]
+            for name in within
             for rate in rates
-            if rate in cells
+            if rate in rules[name]
         )
         starts = pd.DataFrame(
-            {"rule": name, "value": _base_accuracy(cells)} for name, cells in within.items()
+            {"rule": name, "value": next(iter(rules[name].values()))["base_accuracy"]}
+            for name in within
         )
         drawn.append(
             final_accuracy_bands(
@@ -107,12 +109,6 @@ def _figures(rules: dict[str, Rates], rates: Sequence[float]) -> list[Figure]:
             )
         )
     return drawn
-
-
-def _base_accuracy(cells: Rates) -> float:
-    return fmean(
-        run.base_accuracy for cell in cells.values() for run in cell.runs if run.evaluations
-    )
 
 
 SAME_NORMALISATION = {
@@ -131,14 +127,11 @@ def _on_policy(result: GridResult) -> dict[str, float]:
             for other in result.all(variant, learning_rate=rate):
                 if other.cell.at.get("algorithm.num_iterations", 1) != 1:
                     continue
-                pairs = [
-                    (a, b) for a in plain.runs for b in other.runs if a.point.seed == b.point.seed
+                apart = [
+                    abs(x - y)
+                    for a, b in by_seed(plain, other)
+                    for (_, x), (_, y) in zip(a.series("reward"), b.series("reward"), strict=False)
                 ]
-                apart = [abs(x[1] - y[1]) for a, b in pairs for x, y in _pairs(a, b)]
                 if apart:
                     found[name] = max([found.get(name, 0.0), *apart])
     return found
-
-
-def _pairs(a: Run, b: Run) -> list[tuple[tuple[int, float], tuple[int, float]]]:
-    return list(zip(a.series("reward"), b.series("reward"), strict=False))
