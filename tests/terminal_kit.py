@@ -6,10 +6,12 @@ import fcntl
 import os
 import pty
 import re
+import select
 import struct
 import subprocess
 import termios
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,42 +99,71 @@ class Shown:
     frames: list[str] = field(default_factory=list)
 
 
-def on_terminal(*arguments: str, cwd: Path, columns: int = 100, limit: float = 300) -> Shown:
-    """Run ``capo`` on a pseudo-terminal of so many columns until it ends."""
+def converse(
+    command: list[str],
+    heard: Callable[[bytes], object],
+    *,
+    cwd: Path,
+    environment: dict[str, str],
+    columns: int = 100,
+    limit: float = 300,
+    keys: str = "",
+) -> int:
+    """Run a command on a pseudo-terminal of so many columns until it ends; its exit status.
+
+    ``keys`` are typed at once, and ``heard`` is given whatever is written, as it comes.
+    """
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    ignored = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
-    environment = {name: value for name, value in os.environ.items() if name not in ignored}
-    environment |= {"TERM": "xterm-256color", "PYTHONUTF8": "1"}
     process = subprocess.Popen(
-        capo_command(*arguments),
+        command,
         stdin=slave,
         stdout=slave,
         stderr=slave,
         cwd=cwd,
         env=environment,
         close_fds=True,
+        start_new_session=True,
     )
     os.close(slave)
-    shown = Shown(0, "", Screen(columns))
-    deadline, rest = time.monotonic() + limit, b""
+    os.write(master, keys.encode())
+    deadline = time.monotonic() + limit
     try:
-        while time.monotonic() < deadline:
+        while (left := deadline - time.monotonic()) > 0:
+            if not select.select([master], [], [], left)[0]:
+                break
             try:
                 data = os.read(master, 1 << 16)
             except OSError:  # the last process that had the terminal has ended
                 break
             if not data:
                 break
-            text, rest = _decoded(rest + data)
-            shown.raw += text
-            shown.screen.feed(text)
-            shown.frames.append(shown.screen.text)
-        shown.code = process.wait(timeout=60)
+            heard(data)
+        return process.wait(timeout=60)
     finally:
         process.kill()
         process.wait()
         os.close(master)
+
+
+def on_terminal(*arguments: str, cwd: Path, columns: int = 100, limit: float = 300) -> Shown:
+    """Run ``capo`` on a pseudo-terminal of so many columns until it ends."""
+    ignored = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
+    environment = {name: value for name, value in os.environ.items() if name not in ignored}
+    environment |= {"TERM": "xterm-256color", "PYTHONUTF8": "1"}
+    shown, rest = Shown(0, "", Screen(columns)), b""
+
+    def draw(data: bytes) -> None:
+        nonlocal rest
+        text, rest = _decoded(rest + data)
+        shown.raw += text
+        shown.screen.feed(text)
+        shown.frames.append(shown.screen.text)
+
+    command = capo_command(*arguments)
+    shown.code = converse(
+        command, draw, cwd=cwd, environment=environment, columns=columns, limit=limit
+    )
     return shown
 
 

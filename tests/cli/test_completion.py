@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import pty
 import re
-import select
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +21,7 @@ from capo.planning.job import Job
 from capo.policies.loading import EMBEDDED
 from capo.policies.recipes import recipe_names
 from capo.tasks import TASKS
+from terminal_kit import converse
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -108,10 +106,6 @@ SET_UP = {"bash": "true", "zsh": "autoload -Uz compinit; compinit -u -D; setopt 
 def typed(shell: str, keys: str, home: Path) -> tuple[list[str], str]:
     """The words that a line of keys comes to on a real terminal, and all that was shown."""
     found(shell)
-    child, terminal = pty.fork()
-    if child == 0:  # pragma: no cover
-        os.chdir(home)
-        os.execvpe(shell, INTERACTIVE[shell], environment(home))
     lines = (
         SET_UP[shell],
         f'eval "$(_CAPO_COMPLETE=source_{shell} capo)"',
@@ -119,18 +113,13 @@ def typed(shell: str, keys: str, home: Path) -> tuple[list[str], str]:
         keys,
         "exit",
     )
-    os.write(terminal, "".join(f"{line}\n" for line in lines).encode())
-    shown, deadline = b"", time.monotonic() + 120
-    try:
-        while time.monotonic() < deadline:
-            if select.select([terminal], [], [], 1.0)[0]:
-                shown += os.read(terminal, 1 << 16)
-    except OSError:  # it has ended
-        pass
-    finally:
-        os.close(terminal)
-        os.waitpid(child, 0)
-    text = shown.decode()
+    shown: list[bytes] = []
+    keys = "".join(f"{line}\n" for line in lines)
+    command, settings = INTERACTIVE[shell], environment(home)
+    converse(
+        command, shown.append, cwd=home, environment=settings, columns=80, limit=120, keys=keys
+    )
+    text = b"".join(shown).decode()
     words = re.findall(r"^((?:\([^)\n]*\))+) so far", text, re.M)
     assert len(words) == 1, text
     return words[0][1:-1].split(")("), text
