@@ -93,17 +93,19 @@ def test_verdicts_without_results(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupt_ends_the_command_and_its_workers(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_command_and_its_workers(tmp_path, number):
     process = start("lab", "sweep", grid(tmp_path), "--runs", str(tmp_path / "runs"), "--jobs", "1")
     deadline = time.monotonic() + 200
     while not list((tmp_path / "runs").glob("*/metrics.jsonl")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "continue with the same command" in said
+    assert "leaked" not in said, "the pool was not closed"
     left = subprocess.run(
         ["ps", "--ppid", str(process.pid), "-o", "pid="],
         capture_output=True,

@@ -112,12 +112,26 @@ class Workers(Generic[JobT, MadeT]):
 
 @contextlib.contextmanager
 def working(jobs: int, make: Callable[..., MadeT], *extra: Any) -> Iterator[Workers[Any, MadeT]]:
-    """`Workers` that are gone afterwards, however it ends."""
-    made: Workers[Any, MadeT] = Workers(jobs, make, *extra)
+    """`Workers` that are gone afterwards, however it ends; SIGTERM ends it as an interrupt does."""
+    with _termination_interrupts():
+        made: Workers[Any, MadeT] = Workers(jobs, make, *extra)
+        try:
+            yield made
+        finally:
+            made.stop()
+
+
+@contextlib.contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    # By default Python dies of it where it stands: nothing is said, and the pool's semaphores stay behind.
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        yield made
+        yield
     finally:
-        made.stop()
+        signal.signal(signal.SIGTERM, before)
 
 
 def begin_worker() -> None:
