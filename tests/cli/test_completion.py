@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from capo.planning.job import Job
 from capo.policies.loading import EMBEDDED
 from capo.policies.recipes import recipe_names
 from capo.tasks import TASKS
+from needed import needed
 from terminal_kit import converse
 
 ROOT = Path(__file__).parents[2]
@@ -76,18 +76,9 @@ def environment(home: Path) -> dict[str, str]:
     }
 
 
-def found(shell: str) -> str:
-    """The shell, without which the test is skipped, but not where nothing may be missing."""
-    if shutil.which(shell) is None:
-        if os.environ.get("CI"):
-            pytest.fail(f"the completion tests need {shell} (apt install it)")
-        pytest.skip(f"no {shell} here")
-    return shell
-
-
 def script(shell: str, code: str, home: Path) -> str:
     return subprocess.run(
-        [found(shell), *(["--norc"] if shell == "bash" else []), "-c", code],
+        [needed(shell), *(["--norc"] if shell == "bash" else []), "-c", code],
         env=environment(home),
         cwd=home,
         capture_output=True,
@@ -105,7 +96,7 @@ SET_UP = {"bash": "true", "zsh": "autoload -Uz compinit; compinit -u -D; setopt 
 
 def typed(shell: str, keys: str, home: Path) -> tuple[list[str], str]:
     """The words that a line of keys comes to on a real terminal, and all that was shown."""
-    found(shell)
+    needed(shell)
     lines = (
         SET_UP[shell],
         f'eval "$(_CAPO_COMPLETE=source_{shell} capo)"',

@@ -19,11 +19,12 @@ import pytest
 import torch
 from filelock import FileLock
 
+from needed import CI
+
 from . import cases
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 HERE = Path(__file__).parent
-CI = os.environ.get("CI")  # where nothing may be missing
 ENGINES = ["ddp", "fsdp2", "zero2", "zero3"]
 
 

@@ -21,16 +21,14 @@ from doc_blocks import ROOT
 import capo
 import capo.integrations.trl
 import capo.tasks
+from browser_kit import WAIT, chromium
+from needed import CI
 
-CI = bool(os.environ.get("CI"))
 if not CI and not all(map(find_spec, ("mkdocs", "material", "mkdocstrings", "latex2mathml"))):
     pytest.skip("the extra `docs` is not installed", allow_module_level=True)
 
 pytestmark = pytest.mark.slow
-BROWSER, SERVICE = shutil.which("chromium"), shutil.which("chromedriver")
 SOURCES = ("docs", "results", "src", "examples", "mkdocs.yml", "README.md", "CHANGELOG.md")
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
-WAIT = 180
 
 
 def build(root: Path, target: Path) -> subprocess.CompletedProcess[str]:
@@ -126,21 +124,8 @@ def address(site: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    if BROWSER is None or SERVICE is None:
-        if CI:
-            pytest.fail("the browser tests need chromium and chromedriver (apt install them)")
-        pytest.skip("no chromium and chromedriver here")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    chrome = webdriver.Chrome(options=options, service=Service(SERVICE))
-    yield chrome
-    chrome.quit()
+    with chromium(tmp_path_factory.mktemp("profile")) as chrome:
+        yield chrome
 
 
 def emulate(driver: Any, width: int, scheme: str) -> None:

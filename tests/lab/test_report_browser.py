@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,46 +10,16 @@ from typing import Any
 import pytest
 from synthetic_runs import config, write_run
 
+from browser_kit import WAIT, chromium
 from capo.lab.report import build_report
 
-BROWSER, SERVICE = shutil.which("chromium"), shutil.which("chromedriver")
-if (BROWSER is None or SERVICE is None) and not os.environ.get("CI"):
-    pytest.skip(
-        "no chromium and chromedriver here: the report is not opened in a browser",
-        allow_module_level=True,
-    )
-
 pytestmark = pytest.mark.browser
-
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1280,900",
-)
-WAIT = 180  # seconds; two busy cores draw slowly
 
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    if BROWSER is None or SERVICE is None:
-        pytest.fail("the browser tests need chromium and chromedriver (apt install them)")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    chrome = webdriver.Chrome(options=options, service=Service(SERVICE))
-    yield chrome
-    chrome.quit()
+    with chromium(tmp_path_factory.mktemp("profile")) as chrome:
+        yield chrome
 
 
 @pytest.fixture(scope="module")
