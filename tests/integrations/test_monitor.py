@@ -166,6 +166,18 @@ def test_the_measured_shift_is_the_kl_of_the_step(tmp_path: Path, passes: int) -
     assert measured == pytest.approx(around.shifts, rel=2e-2)
 
 
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
+def test_a_scaled_loss_is_seen_as_it_is(tmp_path: Path, max_grad_norm: float) -> None:
+    found = []
+    for scaled in (False, True):
+        watched, _ = monitored(tmp_path / str(scaled), max_grad_norm=max_grad_norm)
+        if scaled:
+            kit.scale_loss(watched)
+        watched.train()
+        found.append([row["predicted_policy_shift"] for row in rows(watched)])
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
 def test_the_prediction_at_depth_foresees_small_steps(tmp_path: Path) -> None:
     settings = {"learning_rate": 1e-4, "max_steps": 4, "optim": "sgd"}
     deep, _ = monitored(tmp_path / "deep", {"depth": "all", "sequences": None}, **settings)

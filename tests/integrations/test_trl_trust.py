@@ -365,6 +365,24 @@ def test_mixed_precision(tmp_path: Path) -> None:
     assert max(watch.shifts) <= 1.3 * BUDGET  # the trial rounds to bfloat16, the check does not
 
 
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
+def test_a_scaled_loss_changes_nothing(tmp_path: Path, max_grad_norm: float) -> None:
+    made = []
+    for scaled in (False, True):
+        instance = kit.trainer(
+            tmp_path / str(scaled),
+            trust_region=ALL,
+            learning_rate=1e-1,
+            max_grad_norm=max_grad_norm,
+        )
+        if scaled:
+            kit.scale_loss(instance)
+        instance.train()
+        made.append(kit.weights(instance))
+    for name, weight in made[0].items():
+        torch.testing.assert_close(made[1][name], weight, rtol=1e-5, atol=1e-7)
+
+
 def test_records_name_the_tokens(tmp_path: Path) -> None:
     records: list[ShiftRecord] = []
     instance = CAPOTrainer(

@@ -130,6 +130,18 @@ def trainer(
     )
 
 
+def scale_loss(instance: Any, factor: float = 1024.0) -> None:
+    """The gradient scaler of fp16 in a trainer that computes in float32, which a CPU can."""
+    accelerator = instance.accelerator
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=factor)
+
+    def unscale() -> None:
+        for optimizer in accelerator._optimizers:
+            accelerator.scaler.unscale_(optimizer.optimizer)
+
+    accelerator.unscale_gradients = unscale
+
+
 def weights(instance: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in instance.model.named_parameters()}
 

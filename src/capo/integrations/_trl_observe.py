@@ -11,7 +11,6 @@ import torch
 
 import capo
 from capo.core.gradient_noise import NoiseEstimate, NoiseScale, gradient_noise
-from capo.core.proposed import ProposedStep
 from capo.core.selection import Reason
 from capo.core.trust_region import Probe
 from capo.core.trust_region.probe import Depth
@@ -143,7 +142,6 @@ class StepObserver:
         autocast: Autocast,
         *,
         exact_hidden: bool,
-        gradients: dict[int, Tensor] | None = None,
     ) -> None:
         """Foresee the step that is about to be taken.
 
@@ -151,7 +149,6 @@ class StepObserver:
             engine: policy and optimizer, the gradients clipped.
             autocast: the trainer's mixed precision.
             exact_hidden: whether another forward pass gives the training pass's hidden states.
-            gradients: by ``id`` of the parameter, where they are not the parameters' own.
         """
         counted = sum(int(sample.mask.sum()) for sample in self._samples)
         device = next(engine.policy.parameters()).device
@@ -174,9 +171,7 @@ class StepObserver:
                 hidden,
                 lm_head,
                 head.parameter,
-                engine.proposed_step()
-                if gradients is None
-                else ProposedStep(engine.optimizer, gradients),
+                engine.proposed_step(),
                 batch.reference,
                 batch.hidden,
                 batch.weights,

@@ -251,23 +251,15 @@ class CurvatureMonitor:
         self._grad_norm = None
 
     def before_optimizer(self) -> None:
-        """The gradients are clipped."""
+        """The gradients are clipped, and free of a loss scale: the trainer takes their norm in any case."""
         if not self._looks or self._observer is None:
             return
-        began, trainer = self._clock(), self.trainer
-        scaler, engine = trainer.accelerator.scaler, self._engine()
-        gradients = None
-        if scaler is not None and not trainer.args.max_grad_norm:  # still scaled
-            scale = scaler.get_scale()
-            gradients = {
-                id(p): p.grad / scale for p in engine.policy.parameters() if p.grad is not None
-            }
+        began, trainer, engine = self._clock(), self.trainer, self._engine()
         self._observer.before_step(
             engine,
             trainer.accelerator.autocast,
             exact_hidden=trainer.accelerator.mixed_precision == "no"
             and engine.head().weight.dtype in (torch.float32, torch.float64),
-            gradients=gradients,
         )
         self._own_seconds += self._clock() - began
 

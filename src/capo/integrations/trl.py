@@ -268,8 +268,6 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if self._control is None:
             return
         engine = self._engine()
-        if self.accelerator.scaler is not None:
-            self.accelerator.unscale_gradients()  # done already where gradients are clipped
         self._control.before_step(
             engine,
             self.accelerator.autocast,
