@@ -32,6 +32,7 @@ class Case:
         die_at: step at which the last process is killed.
         corrected: whether the fixed batches come with vLLM's importance-sampling correction.
         served: whether completions come from a server, which is sent the weights.
+        scheduled: whether the learning rate follows DeepSpeed's own scheduler.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Case:
     die_at: int | None = None
     corrected: bool = False
     served: bool = False
+    scheduled: bool = False
 
 
 def mixture() -> Any:
@@ -132,6 +134,16 @@ STOCK = [
     Case("off", OFF, fixed=False),
     Case("stock", OFF, fixed=False, trainer="grpo"),
 ]
+WARMED: dict[str, Any] = {"max_steps": 4, "warmup_steps": 3}
+SCHEDULED = [
+    Case(
+        "scheduled",
+        {**WARMED, "trust_region": {"policy_shift": None}},
+        fixed=False,
+        scheduled=True,
+    ),
+    Case("scheduled stock", WARMED, fixed=False, trainer="grpo", scheduled=True),
+]
 RESUME = [Case("saving", SAVING), Case("resumed", SAVING, resume=("saving", 2))]
 KILLED = [Case("killed", SAVING, die_at=3), Case("after the kill", SAVING, resume=("killed", 2))]
 # A process balances its own tokens, so that two do not balance as one does: only against stock.
@@ -160,6 +172,7 @@ CASES = {
         *REPLICATED,
         *STOCK,
         *BALANCED,
+        *SCHEDULED,
         *RESUME,
         *KILLED,
         *SERVED,

@@ -73,7 +73,16 @@ def supported(engine: str) -> list[cases.Case]:
 
 def others(engine: str) -> list[cases.Case]:
     refused = cases.REFUSED if engine == "fsdp2" else []
-    kinds = (cases.STOCK, cases.BALANCED, cases.RESUME, cases.SERVED, cases.INFINITE, refused)
+    scheduled = cases.SCHEDULED if engine.startswith("zero") else []
+    kinds = (
+        cases.STOCK,
+        cases.BALANCED,
+        cases.RESUME,
+        cases.SERVED,
+        cases.INFINITE,
+        scheduled,
+        refused,
+    )
     return [case for kind in kinds for case in kind]
 
 
@@ -188,6 +197,15 @@ def test_off_is_the_stock_trainer_bit_for_bit(engine: str, together: Callable[[s
         assert torch.equal(ours["weights"][name], expected), name
     assert rows(ours, "loss") == rows(stock, "loss")
     assert any(value != 0 for value in rows(stock, "loss"))
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_deepspeeds_scheduler_goes_on(engine: str, together: Callable[[str], Path]) -> None:
+    names = ("scheduled", "scheduled stock")
+    ours, stock = (results(together(engine), name, 2)[0] for name in names)
+    for name, expected in stock["weights"].items():
+        assert torch.equal(ours["weights"][name], expected), name
+        assert not torch.equal(stock["start"][name], expected), name
 
 
 @pytest.mark.parametrize("engine", ENGINES)

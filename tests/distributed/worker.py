@@ -35,7 +35,11 @@ ZERO: dict[str, Any] = {
 }
 
 
-def engine_settings(engine: str, *, moe: bool) -> dict[str, Any]:
+WARMUP = {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-2, "warmup_num_steps": 3}
+SCHEDULER = {"type": "WarmupLR", "params": {**WARMUP, "warmup_type": "linear"}}
+
+
+def engine_settings(engine: str, *, moe: bool, scheduled: bool) -> dict[str, Any]:
     """What of the trainer's arguments makes it run on this engine."""
     if engine == "fsdp2":
         return {
@@ -56,7 +60,8 @@ def engine_settings(engine: str, *, moe: bool) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": stage}
         if stage == 3:
             zero |= {"stage3_param_persistence_threshold": 0}
-        return {"deepspeed": {**ZERO, "zero_optimization": zero}}
+        own = {"scheduler": SCHEDULER} if scheduled else {}
+        return {"deepspeed": {**ZERO, "zero_optimization": zero, **own}}
     return {}
 
 
@@ -136,7 +141,8 @@ def run(case: Case, engine: str, output: Path, world: int, rank: int) -> dict[st
         "generated": {"capo": CAPOTrainer, "grpo": GRPOTrainer},
     }
     cls = classes["fixed" if case.fixed else "generated"][case.trainer]
-    settings = {**case.settings, **engine_settings(engine, moe=case.moe)}
+    own = engine_settings(engine, moe=case.moe, scheduled=case.scheduled)
+    settings = {**case.settings, **own}
     model = build_policy(case)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     if case.fixed:

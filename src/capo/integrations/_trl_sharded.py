@@ -116,8 +116,11 @@ class Engine:
             for parameter in group["params"]:
                 parameter.grad = None
 
-    def around_step(self, before: Callable[[], None]) -> None:
-        """Call `before` between the last gradient and the step, where the trainer does not."""
+    def around_step(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        """Call `before` between the last gradient and the step, and `after` right behind it.
+
+        Only where the trainer has no callback there.
+        """
 
     def reading(self) -> AbstractContextManager[None]:
         """A context in which the policy may be run apart from training."""

@@ -126,13 +126,15 @@ class ZeroEngine(Engine):
         if (part := self.part(parameter)) is not None:
             part.grad.fill_(float("inf"))
 
-    def around_step(self, before: Callable[[], None]) -> None:
-        """Call `before` when ZeRO is about to step."""
+    def around_step(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        """Call `before` when ZeRO is about to step, and `after` before DeepSpeed's scheduler does."""
         step = getattr(self.zero.step, "original", self.zero.step)
 
         def foreseen(*args: Any, **kwargs: Any) -> Any:
             before()
-            return step(*args, **kwargs)
+            result = step(*args, **kwargs)
+            after()
+            return result
 
         foreseen.original = step  # type: ignore[attr-defined]
         self.zero.step = foreseen

@@ -132,7 +132,7 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if known is None or self._unwrapped is not self.model or known.optimizer is not optimizer:
             policy, self._unwrapped = self.accelerator.unwrap_model(self.model), self.model
             known = make_engine(self.accelerator, policy, optimizer, self.temperature, self._world)
-            known.around_step(self._foresee)
+            known.around_step(self._foresee, self._restore)
             self._known_engine = known
         return known
 
@@ -275,10 +275,14 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
             and engine.head_dtype in (torch.float32, torch.float64),
         )
 
-    def _after_step(self) -> None:
-        skipped = self.accelerator.optimizer_step_was_skipped  # overflow under fp16
+    def _restore(self) -> None:
         if self._control is not None:
             self._control.restore(self._engine())
+
+    def _after_step(self) -> None:
+        skipped = self.accelerator.optimizer_step_was_skipped  # overflow under fp16
+        self._restore()
+        if self._control is not None:
             if skipped:
                 self._control.discard()
             else:
