@@ -158,6 +158,32 @@ def test_a_failing_trial_leaves_the_model_as_it_was() -> None:
     assert all(not module._forward_pre_hooks for module in policy.backbone.modules())
 
 
+def test_what_is_not_called_costs_one_pass_once() -> None:
+    """An adapter that is not active: the first trial of all finds out, and later ones know."""
+    policy = Policy()
+    idle = nn.Linear(5, 6, bias=False, dtype=torch.float64)
+    policy.backbone.add_module("idle", idle)
+    used, calls = False, 0
+
+    def call() -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        hidden = policy.backbone(policy.ids)
+        return hidden + idle(torch.ones(5, dtype=torch.float64)) if used else hidden
+
+    def after() -> torch.Tensor:
+        return StepTrial(policy.backbone, torch.ones_like).after(0.5, call)
+
+    found = [after() for _ in range(3)]
+    assert calls == 2 + 1 + 1
+    assert all(torch.equal(each, found[0]) for each in found)
+    used = True  # now it is active, and moves along
+    moved = after() - found[0]
+    expected = (idle.weight + 0.5) @ torch.ones(5, dtype=torch.float64)
+    torch.testing.assert_close(moved, expected.detach().expand_as(moved))
+    assert all(not module._forward_pre_hooks for module in policy.backbone.modules())
+
+
 def test_measured_shift_is_the_exact_divergence_of_the_real_step() -> None:
     policy = Policy()
     with torch.no_grad():

@@ -8,9 +8,10 @@ has to be restored and no rounding is left behind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.autograd.forward_ad as fwd
@@ -40,6 +41,8 @@ Replace = Callable[[nn.Parameter, "Tensor"], "Tensor | None"]
 
 T = TypeVar("T")
 
+_NOT_CALLED: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
+
 
 class StepTrial:
     """Runs a model after a part of a proposed step, or along its direction.
@@ -63,8 +66,10 @@ class StepTrial:
             for m in model.modules()
             if (chosen is None or m in chosen) and (own := _own_parameters(m))
         }
-        # Modules whose parameters are read by others without a call (PEFT's parameter dicts, say).
-        self._not_called: set[nn.Module] = set()
+        # Modules whose parameters are read by others without a call (PEFT's parameter dicts), or not at
+        # all (an adapter that is not active). A pass finds out, and so that not every trial's first is
+        # made twice, all trials of a model remember.
+        self._not_called = _NOT_CALLED.setdefault(model, WeakSet())
 
     def after(self, scale: float, call: Callable[[], T]) -> T:
         """``call()`` as the model would answer after ``scale`` times the step.
@@ -116,7 +121,8 @@ class StepTrial:
         called: set[nn.Module] = set()
         with _replaced(self._owners, replace, self._not_called, called):
             result = call()
-        missed = set(self._owners) - called - self._not_called
+        missed = set(self._owners) - called - set(self._not_called)
+        self._not_called -= called
         if not missed:
             return result
         self._not_called |= missed
@@ -127,15 +133,18 @@ class StepTrial:
 def _replaced(
     owners: dict[nn.Module, dict[str, nn.Parameter]],
     replace: Replace,
-    at_once: set[nn.Module],
+    at_once: Container[nn.Module],
     called: set[nn.Module],
 ) -> Iterator[None]:
     """Swap the owners' parameters while each runs; those of ``at_once`` for the whole block."""
     real: dict[nn.Module, dict[str, nn.Parameter]] = {}
     handles: list[Any] = []
 
-    def enter(module: nn.Module, _args: Any = None) -> None:
+    def enter(module: nn.Module, _args: Any) -> None:
         called.add(module)
+        swap(module)
+
+    def swap(module: nn.Module) -> None:
         if module in real:  # re-entered
             return
         own = _own_parameters(module)
@@ -151,10 +160,10 @@ def _replaced(
 
     try:
         for module in owners:
+            handles.append(module.register_forward_pre_hook(enter))
             if module in at_once:
-                enter(module)
+                swap(module)
             else:
-                handles.append(module.register_forward_pre_hook(enter))
                 # First of all hooks: a sharded module's own takes its parameters away afterwards.
                 hook = module.register_forward_hook(leave, prepend=True, always_call=True)
                 handles.append(hook)
