@@ -47,9 +47,35 @@ def test_other_rules_are_named(tmp_path: Path) -> None:
 def test_nothing_of_trls_is_renamed_or_redefined() -> None:
     theirs = {field.name: field for field in dataclasses.fields(GRPOConfig)}
     ours = {field.name: field for field in dataclasses.fields(CAPOConfig)}
-    changed = {"learning_rate": 1e-4, "num_iterations": 4}  # what the measurements support
+    changed = {"learning_rate", "num_iterations"}  # by the trust region, see below
     for name, field in theirs.items():
-        assert ours[name].default == changed.get(name, field.default)
+        assert ours[name].default == (None if name in changed else field.default)
+
+
+@pytest.mark.parametrize(
+    ("trust_region", "expected"),
+    [
+        ("auto", (1e-4, 4)),
+        ("1e-3", (1e-4, 4)),
+        (None, (1e-6, 1)),
+        ({"policy_shift": None}, (1e-6, 1)),  # only measures
+    ],
+)
+def test_without_a_trust_region_the_defaults_are_trls(
+    tmp_path: Path, trust_region: Any, expected: tuple[float, int]
+) -> None:
+    common = {
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "bf16": False,
+        "activation_checkpointing": False,
+    }
+    made = CAPOConfig(trust_region=trust_region, **common)
+    assert (made.learning_rate, made.num_iterations) == expected
+    own = CAPOConfig(trust_region=trust_region, learning_rate=3e-6, num_iterations=2, **common)
+    assert (own.learning_rate, own.num_iterations) == (3e-6, 2)
+    plain = GRPOConfig(**common)
+    assert expected[1] == 4 or expected == (plain.learning_rate, plain.num_iterations)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trl import GRPOConfig
@@ -24,6 +24,9 @@ _CHOICES = {
     "impl": IMPLEMENTATIONS,
 }
 
+_GUARDED = {"learning_rate": 1e-4, "num_iterations": 4}
+_PLAIN = {each.name: each.default for each in fields(GRPOConfig) if each.name in _GUARDED}
+
 
 @dataclass
 class CAPOConfig(GRPOConfig):  # type: ignore[misc]
@@ -31,8 +34,9 @@ class CAPOConfig(GRPOConfig):  # type: ignore[misc]
 
     The defaults are what our measurements support (results/trust_region): a trust region on every step
     whose budget sets itself, four passes over the same completions, no token selection. The paper's
-    algorithm is ``selection="capo", trust_region=None, num_iterations=1``; plain GRPO is
-    ``trust_region=None``. With the trust region, ``learning_rate`` is an upper bound only.
+    algorithm is ``selection="capo", trust_region=None``; plain GRPO is ``trust_region=None``. With the
+    trust region ``learning_rate`` is an upper bound only, 1e-4 where none is given; without one (or one
+    that only measures) both defaults are `GRPOConfig`'s own.
     Dr.CAPO is ``selection="dr_capo", loss_type="dr_grpo", scale_rewards="none"``; ReinCAPO is
     ``selection="reincapo", advantage_baseline="none"``.
 
@@ -58,6 +62,7 @@ class CAPOConfig(GRPOConfig):  # type: ignore[misc]
         depth: what a token is judged by. None: by its own step of the last layer (the paper). ``"all"``
             or n: by what the whole micro-batch's step does to it, seen through all layers or the last n
             and the head (0: the head). Costs a second backward pass and a forward one with derivatives.
+            Its policy shifts are of the exact Fisher, whatever `fisher` is.
         trust_region: keep every optimizer step within a policy shift. None: off. ``"auto"``: a budget
             that follows from entropy, batch and length. A number: the budget δ, mean KL in nats a token.
             A dict: `capo.TrustRegion`'s arguments, `policy_shift` None to measure without scaling.
@@ -72,12 +77,18 @@ class CAPOConfig(GRPOConfig):  # type: ignore[misc]
         "trust_region",
     ]
 
-    learning_rate: float = field(
-        default=1e-4,
-        metadata={"help": "With a trust region an upper bound: the budget sets the step's length."},
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "With a trust region an upper bound (1e-4): the budget sets the step's length. "
+            "Without one as in GRPOConfig."
+        },
     )
-    num_iterations: int = field(
-        default=4, metadata={"help": "Optimizer steps on the same completions."}
+    num_iterations: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps on the same completions: 4 with a trust region, 1 without."
+        },
     )
     selection: dict[str, Any] | str | None = field(
         default=None,
@@ -110,6 +121,13 @@ class CAPOConfig(GRPOConfig):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         """Check what CAPO adds, then let TRL check the rest."""
+        if isinstance(self.trust_region, str):
+            self.trust_region = _number(self.trust_region)
+        region = self.region()
+        own = _GUARDED if region is not None and region.scales else _PLAIN
+        for name, value in own.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         super().__post_init__()
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -133,11 +151,8 @@ class CAPOConfig(GRPOConfig):  # type: ignore[misc]
                 "'none' needs multi_objective_aggregation='sum_then_normalize', since it does not "
                 "normalise.",
             )
-        if isinstance(self.trust_region, str):
-            self.trust_region = _number(self.trust_region)
-        if isinstance(self.rule(), Lopti) and self.num_iterations % 2:
+        if isinstance(self.rule(), Lopti) and (self.num_iterations or 0) % 2:
             raise InputError("num_iterations", "must be even with the rule 'lopti'.")
-        self.region()
 
     def region(self) -> capo.TrustRegion | None:
         """The trust region that `trust_region` stands for, or None.
