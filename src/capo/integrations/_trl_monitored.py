@@ -13,7 +13,7 @@ from capo.core.statistics import IMPLEMENTATIONS
 from capo.core.token_rules import TokenRule
 from capo.integrations._trl_head import LMHead
 from capo.integrations._trl_loss import LOSS_TYPES
-from capo.integrations._trl_step import StepModel, unwrapped_optimizer
+from capo.integrations._trl_step import StepModel, keeps_moments, unwrapped_optimizer
 
 if TYPE_CHECKING:
     from capo.core.selection import Rule
@@ -81,11 +81,11 @@ def would_be_rule(thresholds: Rule | dict[str, Any] | str) -> Rule:
 def own_step_model(trainer: GRPOTrainer, head: LMHead) -> StepModel:
     """The optimizer's own step of the head if it is SGD's or Adam's; else Adam's with simulated moments."""
     optimizer, args = unwrapped_optimizer(trainer.optimizer), trainer.args
-    adam = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
     held = any(head.parameter is p for group in optimizer.param_groups for p in group["params"])
+    own = held and head.parameter.requires_grad
     return StepModel(
         "sgd" if isinstance(optimizer, torch.optim.SGD) else "adam",
-        "optimizer" if adam and held and head.parameter.requires_grad else "simulated",
+        "optimizer" if keeps_moments(optimizer) and own else "simulated",
         1.0,
         {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon},
     )

@@ -194,6 +194,11 @@ def _decoupled_decay(group: dict[str, Any]) -> float:
     return float(group.get("weight_decay", 0.0)) if group.get("decoupled_weight_decay") else 0.0
 
 
+def keeps_moments(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is Adam, by whose own moments a token can be judged."""
+    return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+
+
 def unwrapped_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside accelerate's wrapper, whose state is keyed by the parameters."""
     inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)

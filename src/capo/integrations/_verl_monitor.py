@@ -16,7 +16,7 @@ from capo.core.early_warning import FROZEN, EarlyWarning, StepReading
 from capo.core.trust_region import auto_sequences
 from capo.integrations._trl_judge import PolicyPass
 from capo.integrations._trl_observe import StepObserver
-from capo.integrations._trl_step import StepModel
+from capo.integrations._trl_step import StepModel, keeps_moments
 from capo.integrations._verl_options import Options
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Monitor:
 
     Args:
         options: the engine's, with `monitor` on.
+        optimizer: whose step the tokens are judged by; Adam's moments are its own where it has the head's.
         fallback: `betas` and `eps` where the optimizer has none.
         trained: whether the head is.
         seed: of the choice of completions.
@@ -41,15 +42,22 @@ class Monitor:
     """
 
     def __init__(
-        self, options: Options, fallback: dict[str, Any], *, trained: bool, seed: int, rank: int
+        self,
+        options: Options,
+        optimizer: torch.optim.Optimizer,
+        fallback: dict[str, Any],
+        *,
+        trained: bool,
+        seed: int,
+        rank: int,
     ) -> None:
         wanted = options.monitored()
         assert wanted is not None
         self.rank = rank
         self.sequences = wanted.sequences
         self.step_model = StepModel(
-            options.step_model,  # type: ignore[arg-type]
-            "optimizer" if trained and options.step_model == "adam" else "simulated",
+            "sgd" if isinstance(optimizer, torch.optim.SGD) else options.step_model,  # type: ignore[arg-type]
+            "optimizer" if trained and keeps_moments(optimizer) else "simulated",
             options.grad_scale,
             fallback,
         )
