@@ -39,7 +39,7 @@ WARMUP = {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-2, "warmup_num_steps": 3}
 SCHEDULER = {"type": "WarmupLR", "params": {**WARMUP, "warmup_type": "linear"}}
 
 
-def engine_settings(engine: str, *, moe: bool, scheduled: bool) -> dict[str, Any]:
+def engine_settings(engine: str, *, moe: bool, scheduled: bool = False) -> dict[str, Any]:
     """What of the trainer's arguments makes it run on this engine."""
     if engine == "fsdp2":
         return {

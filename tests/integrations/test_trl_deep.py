@@ -52,6 +52,27 @@ def test_full_depth_foresees_what_the_step_does(tmp_path: Path, depth: int | str
         assert torch.corrcoef(torch.stack([found.log(), truth.log()]))[0, 1] > 0.5
 
 
+def test_a_clipped_token_has_no_objective_at_depth(tmp_path: Path) -> None:
+    """Ratio and clipping enter at depth as they do at the head: both are of the loss's own gradient."""
+    records: list[TokenRecord] = []
+    instance = kit.trainer(tmp_path, token_callbacks=[records.append], depth="all", **WATCH)
+    instance.create_optimizer()
+    inputs = kit.micro_batch(instance, off_policy=0.5)
+    loss = instance._compute_loss
+    kit.ready(instance)
+    loss(instance.model, inputs)
+    (record,) = records
+    ratio = (record.log_prob - inputs["old_per_token_logps"].cpu()).exp()
+    up = record.advantage > 0
+    clipped = record.mask & torch.where(up, ratio > 1.2, ratio < 0.8)
+    acting = record.mask & ~clipped
+    assert clipped.any()
+    assert acting.any()
+    assert (record.objective_shift[clipped] == 0).all()
+    assert (record.objective_shift[acting] != 0).all()
+    assert (record.policy_shift[record.mask] > 0).all()  # the step moves it all the same
+
+
 def test_judging_at_depth_changes_no_weight(tmp_path: Path) -> None:
     stock = kit.trainer(tmp_path / "stock", cls=GRPOTrainer, max_steps=2)
     stock.train()

@@ -60,9 +60,11 @@ def test_it_matters_that_the_moments_are_restored(tmp_path: Path) -> None:
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_checkpoint_without_moments_is_refused(tmp_path: Path) -> None:
-    plain = kit.trainer(tmp_path / "plain", **{**JUDGED, "selection": None}, save_steps=2)
+@pytest.mark.parametrize("trust_region", [None, 1e-3])  # whose own state is in the same file
+def test_checkpoint_without_moments_is_refused(tmp_path: Path, trust_region: float | None) -> None:
+    settings = {**JUDGED, "save_steps": 2, "trust_region": trust_region}
+    plain = kit.trainer(tmp_path / "plain", **{**settings, "selection": None})
     plain.train()
-    resumed = kit.trainer(tmp_path / "resumed", **JUDGED, save_steps=2)
-    with pytest.raises(InputError, match=r"^resume_from_checkpoint: .*no capo_state.safetensors"):
+    resumed = kit.trainer(tmp_path / "resumed", **settings)
+    with pytest.raises(InputError, match=r"^resume_from_checkpoint: .*no simulated moments"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-2"))

@@ -349,6 +349,170 @@ def test_resumed_weights_are_the_same(tmp_path: Path, predictor: str, iterations
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize("sequences", [None, 4])
+def test_truncated_completions_are_left_out(tmp_path: Path, sequences: int | None) -> None:
+    """Micro-batches without a token that counts, and whole steps without one."""
+
+    class Look(TrainerCallback):  # type: ignore[misc]
+        tokens = 0
+
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            self.before = kit.weights(instance)
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            after = kit.weights(instance)
+            moved = any(not torch.equal(w, after[name]) for name, w in self.before.items())
+            found.append((self.tokens, moved))
+            self.tokens = 0
+
+    look, found = Look(), []
+    instance = kit.trainer(
+        tmp_path,
+        trust_region={**ALL, "sequences": sequences},
+        selection={"denominator": "all"},
+        curvature_top_k=8,
+        mask_truncated_completions=True,
+        learning_rate=1e-1,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        max_steps=10,
+    )
+    compute = instance._compute_loss
+
+    def count(model: Any, inputs: dict[str, Any]) -> Any:
+        tokens = int(inputs["completion_mask"].sum())
+        look.tokens += tokens
+        empty.append(tokens == 0)
+        return compute(model, inputs)
+
+    empty: list[bool] = []
+    instance._compute_loss = count
+    instance.callback_handler.callbacks.insert(0, look)
+    instance.train()
+    assert any(empty)
+    assert not all(empty)
+    assert any(tokens == 0 for tokens, _ in found[1:])  # when Adam has a momentum
+    for tokens, moved in found:
+        assert moved == (tokens > 0)
+    shifts = [
+        row["capo/trust/measured_policy_shift"]
+        for row in instance.state.log_history
+        if "capo/trust/measured_policy_shift" in row
+    ]
+    assert len(shifts) == sum(tokens > 0 for tokens, _ in found)
+    assert max(shifts) <= BUDGET * 1.02
+
+
+def test_a_step_that_is_dropped_leaves_the_simulated_moments(tmp_path: Path) -> None:
+    class Poison(TrainerCallback):  # type: ignore[misc]
+        def on_pre_optimizer_step(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            if state.global_step == 1:
+                next(iter(instance.model.parameters())).grad.fill_(math.nan)
+                self.before = copy.deepcopy(instance._judge.step_model.moments.state_dict())
+
+        def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            if state.global_step == 2:
+                self.after = copy.deepcopy(instance._judge.step_model.moments.state_dict())
+
+    poison = Poison()
+    instance = kit.trainer(
+        tmp_path,
+        trust_region=ALL,
+        selection={"denominator": "all"},
+        curvature_top_k=8,
+        max_steps=3,
+    )
+    instance.callback_handler.callbacks.insert(0, poison)
+    instance.train()
+    assert poison.after["step"] == poison.before["step"] == 1
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(poison.after[name], poison.before[name])
+    assert "grad" not in poison.after
+
+
+@pytest.mark.parametrize("rate", ["attention", "module"])
+def test_dropout_is_no_shift_of_the_policy(tmp_path: Path, rate: str) -> None:
+    """A training pass with dropout is no reference for a trial without: its noise is no shift."""
+
+    def dropped() -> Any:
+        model = kit.policy()
+        if rate == "attention":
+            for layer in model.model.layers:
+                layer.self_attn.attention_dropout = 0.3
+        else:
+            model.model.norm.register_module("drop", torch.nn.Dropout(0.3))
+            model.model.norm.register_forward_hook(lambda norm, _, out: norm.drop(out))
+        return model
+
+    measured = []
+    for lr in (1e-7, 1e-1):
+        _, _, rows = run(
+            tmp_path / str(lr),
+            model=dropped(),
+            trust_region=ALL,
+            learning_rate=lr,
+            num_iterations=2,
+            max_steps=4,
+        )
+        assert all(row["capo/trust/scale"] > 0 for row in rows)
+        measured.append([row["capo/trust/measured_policy_shift"] for row in rows])
+        assert max(measured[-1]) <= BUDGET * 1.02
+    assert max(measured[0]) < 1e-6
+    assert min(measured[1]) > BUDGET / 50
+
+
+def test_what_an_interrupted_step_has_left_is_forgotten(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):  # type: ignore[misc]
+        stops = True
+
+        def on_substep_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            if self.stops and state.global_step == 1:
+                self.stops = False
+                raise KeyboardInterrupt
+
+    settings: dict[str, Any] = {
+        "trust_region": ALL,
+        "selection": {"denominator": "all"},
+        "curvature_top_k": 8,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 3,
+    }
+    instance = kit.trainer(tmp_path, **settings)
+    instance.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        instance.train()
+    assert instance._control._collector._now.samples
+    counts: list[int] = []
+    take = instance._control._collector.take
+
+    def counted() -> Any:
+        now = take()
+        counts.append(len(now.samples))
+        return now
+
+    instance._control._collector.take = counted
+    instance.train()
+    assert counts == [2, 2, 2]
+
+
+def test_images_are_refused(tmp_path: Path) -> None:
+    instance = kit.ready(kit.trainer(tmp_path, trust_region=ALL))
+    instance.create_optimizer()
+    inputs = kit.micro_batch(instance)
+    instance._compute_loss(instance.model, inputs)
+    inputs["pixel_values"] = torch.zeros(4, 3, 8, 8)
+    compute = GRPOTrainer._compute_loss
+    with pytest.MonkeyPatch.context() as patch:  # the tiny policy itself has no eyes
+
+        def blind(self: Any, model: Any, given: dict[str, Any]) -> Any:
+            return compute(self, model, {k: v for k, v in given.items() if k != "pixel_values"})
+
+        patch.setattr(GRPOTrainer, "_compute_loss", blind)
+        with pytest.raises(InputError, match=r"^train_dataset: must hold no images"):
+            instance._compute_loss(instance.model, inputs)
+
+
 def test_with_lora(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"])

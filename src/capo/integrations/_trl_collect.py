@@ -46,13 +46,11 @@ class Collector:
 
     Args:
         seed: of the choice of completions; no other random numbers are touched.
-        every_completion: whether every completion has a gradient, whatever its advantage.
         world: the processes.
     """
 
-    def __init__(self, seed: int, every_completion: bool, world: World) -> None:
+    def __init__(self, seed: int, world: World) -> None:
         self.seed = seed
-        self.every_completion = every_completion
         self.world = world
         self._now = Collected()
         self._previous: _Taken | None = None
@@ -67,9 +65,13 @@ class Collector:
         *,
         step: int,
         accumulation_steps: int,
+        every_completion: bool,
         deep: DeepPass | None,
     ) -> None:
-        """Keep some completions of a micro-batch."""
+        """Keep some completions of a micro-batch.
+
+        With `every_completion` each has a gradient, whatever its advantage.
+        """
         now = self._now
         name = (self.seed * 1_000_003 + step) * 1_009 + len(now.micro_batches)
         generator = torch.Generator().manual_seed(name % (1 << 62))
@@ -77,15 +79,13 @@ class Collector:
             now.quadratics.append(deep.quadratic(region.depth, generator))
         sequences = region.sequences
         assert sequences != "auto"  # the trainer knows how many prompts there are
-        now.completions += self._informative(inputs["advantages"])
+        moved = mask.any(dim=1)
+        if not every_completion:
+            moved = moved & (inputs["advantages"] != 0).reshape(moved.numel(), -1).any(dim=1)
+        now.completions += int(moved.sum())
         self._see_again(inputs["completion_ids"], hidden)
         sequences = part_of(sequences, len(now.samples), accumulation_steps)
         now.samples.append(draw_sample(inputs, mask, hidden, sequences, generator, self.world))
-
-    def _informative(self, advantages: Tensor) -> int:
-        if self.every_completion:
-            return advantages.size(0)
-        return int((advantages != 0).reshape(advantages.size(0), -1).any(dim=1).sum())
 
     def _see_again(self, completions: Tensor, hidden: Float[Tensor, "B T d"]) -> None:
         """On completions that the last step was of, this pass shows for free what that step did."""
@@ -120,6 +120,10 @@ class Collector:
         else:
             shift = batch.mean(divergence.policy_shift)
         return shift, shift / previous.length**2
+
+    def forget(self) -> None:
+        """Leave behind what an interrupted step has left."""
+        self._now, self._previous, self._seen_again = Collected(), None, []
 
     def remember(self, batch: StepBatch, micro_batches: list[Tensor], length: float) -> None:
         """Look out for these completions: a step of this length (scale × learning rate) is taken."""

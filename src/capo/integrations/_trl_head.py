@@ -67,6 +67,18 @@ def causal_lm(model: nn.Module) -> Any:
     return model if unwrap is None else unwrap()
 
 
+def drops_out(model: nn.Module) -> bool:
+    """Whether a training pass of the model is drawn at random: dropout of any kind in any module."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            return True
+        # Attention that is handed its rate, as transformers' is.
+        rates = (v for name, v in vars(module).items() if "dropout" in name or "pdrop" in name)
+        if any(isinstance(rate, float) and rate > 0 for rate in rates):
+            return True
+    return False
+
+
 def read_head(model: nn.Module, temperature: float) -> LMHead:
     """Read the LM head of an unwrapped policy.
 
@@ -139,4 +151,5 @@ def predicting_positions(
     Position l predicts token l + 1, so these end one before the last position. (Slicing at the
     completion's own positions pairs every probability with its neighbour's hidden state.)
     """
-    return hidden[:, :-1][:, -completion_length:]
+    end = hidden.size(1) - 1
+    return hidden[:, end - completion_length : end]

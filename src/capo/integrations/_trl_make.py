@@ -46,6 +46,7 @@ def make_control(
         _check_depth(trainer, "trust_region.depth", region.depth)
     if region.step_length == "quadratic":
         check_replicated(trainer.accelerator, "trust_region.step_length")
+        _check_loss(trainer, "trust_region.step_length='quadratic'")
     read_head(trainer.model, trainer.temperature)
     if region.sequences == "auto":
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world.size
@@ -88,8 +89,7 @@ def make_judge(
     if args.depth is not None:
         check_replicated(trainer.accelerator, "depth")
         _check_depth(trainer, "depth", args.depth)
-    if trainer.loss_type not in LOSS_TYPES:
-        raise InputError("loss_type", f"must be one of {', '.join(LOSS_TYPES)} with {name}.")
+    _check_loss(trainer, name)
     vocabulary = read_head(trainer.model, trainer.temperature).vocabulary
     if args.curvature_top_k is not None and args.curvature_top_k > vocabulary:
         raise InputError(
@@ -134,6 +134,11 @@ def _watching_rule(args: object) -> capo.Thresholds:
         # What is simulated step by step cannot be looked at now and then.
         raise InputError("moments", "must be 'optimizer' with token_watch (or step_model 'sgd').")
     return capo.Thresholds()
+
+
+def _check_loss(trainer: GRPOTrainer, name: str) -> None:
+    if trainer.loss_type not in LOSS_TYPES:
+        raise InputError("loss_type", f"must be one of {', '.join(LOSS_TYPES)} with {name}.")
 
 
 def _check_depth(trainer: GRPOTrainer, field: str, depth: int | str) -> None:

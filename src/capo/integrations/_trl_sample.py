@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from capo.core.errors import InputError
 from capo.integrations._trl_head import predicting_positions
 
 if TYPE_CHECKING:
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
 
     from capo.integrations._trl_sharded import Engine
     from capo.integrations._trl_world import World
+
+
+_IMAGES = (
+    "pixel_values",
+    "image_grid_thw",
+    "image_sizes",
+)  # as TRL names what its processors return
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,8 @@ def draw_sample(
     """Choose completions of a micro-batch: as equal a number of every prompt's as possible.
 
     Prompts share the tokens at which much is decided, so that completions of all prompts tell more than
-    as many at random.
+    as many at random. Completions none of whose tokens count (truncated ones, say) tell nothing and are
+    not chosen.
 
     Args:
         inputs: the trainer's.
@@ -82,17 +91,31 @@ def draw_sample(
         generator: on the CPU, for this purpose alone; in the same state in all processes.
         world: the processes, of whose rows together the completions are chosen. One without any
             contributes its first with weight 0, since all take part in every pass.
+
+    Raises:
+        InputError: the policy is given images, which a sample does not hold.
     """
-    batch = mask.size(0)
-    if world.alone and (sequences is None or sequences >= batch):
-        return take_rows(inputs, mask, hidden, torch.arange(batch), torch.ones(batch))
+    if any(inputs.get(name) is not None for name in _IMAGES):
+        raise InputError(
+            "train_dataset",
+            "must hold no images, with which the policy cannot be run again to measure a step; "
+            "leave them out, or set trust_region=None.",
+        )
+    counted = mask.any(dim=1)
+    if world.alone and (sequences is None or sequences >= mask.size(0)) and bool(counted.all()):
+        rows, weight = torch.arange(mask.size(0)), torch.ones(mask.size(0))
+        return take_rows(inputs, mask, hidden, rows, weight)
     prompts, own = world.prompts(inputs)
-    rows, weight = spread(prompts, sequences, generator)
-    if not world.alone:
-        mine = (rows >= own.start) & (rows < own.stop)
-        rows, weight = rows[mine] - own.start, weight[mine]
-        if rows.numel() == 0:
-            rows, weight = torch.zeros(1, dtype=torch.long), torch.zeros(1)
+    (everyones,), _ = world.rows(counted[:, None].long())
+    some = everyones[:, 0].bool().cpu().nonzero()[:, 0]
+    rows, weight = torch.zeros(0, dtype=torch.long), torch.zeros(0)
+    if some.numel():
+        drawn, weight = spread(prompts[some], sequences, generator)
+        rows = some[drawn]
+    mine = (rows >= own.start) & (rows < own.stop)
+    rows, weight = rows[mine] - own.start, weight[mine]
+    if rows.numel() == 0:
+        rows, weight = torch.zeros(1, dtype=torch.long), torch.zeros(1)
     return take_rows(inputs, mask, hidden, rows, weight)
 
 

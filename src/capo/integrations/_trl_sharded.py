@@ -19,7 +19,13 @@ from torch import nn
 
 from capo.core.errors import InputError
 from capo.core.proposed import ProposedStep
-from capo.integrations._trl_head import LMHead, capture_hidden, causal_lm, read_head
+from capo.integrations._trl_head import (
+    LMHead,
+    capture_hidden,
+    causal_lm,
+    drops_out,
+    read_head,
+)
 from capo.integrations._trl_world import World
 
 if TYPE_CHECKING:
@@ -71,9 +77,14 @@ class Engine:
         return backbone
 
     @functools.cached_property
-    def head_dtype(self) -> torch.dtype:
-        """In which the head is trained."""
-        return read_head(self.policy, self.temperature).parameter.dtype
+    def exact_hidden(self) -> bool:
+        """Whether another pass of the same tokens gives a training pass's hidden states.
+
+        To rounding far below a step's effect, that is: in float32 and without dropout, and where the
+        trainer's mixed precision does not come between.
+        """
+        dtype = read_head(self.policy, self.temperature).parameter.dtype
+        return dtype in (torch.float32, torch.float64) and not drops_out(self.policy)
 
     @property
     def groups(self) -> list[dict[str, Any]]:

@@ -25,20 +25,24 @@ def save_state(directory: Path, state: dict[str, Any] | None) -> None:
 
 
 def load_state(directory: Path, *, required: bool) -> dict[str, Any]:
-    """Read what :func:`save_state` wrote; empty where there is none and none is `required`.
+    """Read what :func:`save_state` wrote; empty where there is nothing.
+
+    Args:
+        directory: the checkpoint.
+        required: whether one without simulated moments is an error.
 
     Raises:
-        InputError: the checkpoint has no such file.
+        InputError: they are required and not there.
     """
-    path = directory / STATE_FILE
-    if not path.is_file():
-        if not required:
-            return {}
+    path, state = directory / STATE_FILE, {}
+    if path.is_file():
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            state = {**tensors, **json.loads(file.metadata()["values"])}
+    if required and "exp_avg" not in state:
         raise InputError(
             "resume_from_checkpoint",
-            f"{directory} holds no {STATE_FILE}, the simulated moments; it must be a checkpoint of "
+            f"{directory} holds no simulated moments ({STATE_FILE}); it must be a checkpoint of "
             "CAPOTrainer with moments='simulated', or set moments='optimizer'.",
         )
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return {**tensors, **json.loads(file.metadata()["values"])}
+    return state

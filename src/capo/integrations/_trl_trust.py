@@ -57,6 +57,10 @@ class StepControl:
         shift_callbacks: called with a :class:`ShiftRecord` after every step.
         every_completion: whether every completion has a gradient, whatever its advantage.
         world: the processes.
+
+    Attributes:
+        last_policy_shift: measured, of the last step that was measured (nats a token), or None.
+        dropped: whether the optimizer was left without gradients: neither weights nor moments change.
     """
 
     def __init__(
@@ -77,11 +81,19 @@ class StepControl:
         self.length = StepLength(region.cruise)
         self.calibration = Calibration()
         self.last_policy_shift: float | None = None
-        self._collector = Collector(seed, every_completion, self.world)
+        self.dropped = False
+        self.every_completion = every_completion
+        self._collector = Collector(seed, self.world)
         self._lrs: list[Any] | None = None
         self._pending: Pending | None = None
 
     # Before the step
+
+    def begin(self) -> None:
+        """Training begins, perhaps after it was interrupted in the middle of a step."""
+        self._collector.forget()
+        self._pending = self._lrs = None
+        self.dropped = False
 
     def collect(
         self,
@@ -104,6 +116,7 @@ class StepControl:
             hidden,
             step=step,
             accumulation_steps=accumulation_steps,
+            every_completion=self.every_completion,
             deep=deep,
         )
 
@@ -120,13 +133,15 @@ class StepControl:
             engine: policy and optimizer, which is about to step.
             autocast: the trainer's mixed precision.
             exact_hidden: whether another forward pass of the same tokens gives the training pass's
-                hidden states to rounding far below a step's effect (float32 without autocast), so that
-                these can be used again.
+                hidden states to rounding far below a step's effect (float32 without autocast or
+                dropout), so that these can be used again.
         """
-        now = self._collector.take()
+        now, self.dropped = self._collector.take(), False
         counted = sum(int(sample.mask.sum()) for sample in now.samples)
         device = now.micro_batches[0].device if now.micro_batches else torch.device("cpu")
         if not self.world.total_int(counted, device):
+            if self.region.scales:  # mere momentum, of a length that nothing here could foresee
+                self._drop(engine)
             return
         completions = self.world.total_int(now.completions, device)
 
@@ -173,7 +188,11 @@ class StepControl:
             self._collector.remember(batch, now.micro_batches, length)
         self._lrs = _scale_learning_rates(engine, pending.choice.scale)
         if pending.choice.scale == 0.0:  # no finite step: 0 · NaN would still be NaN
-            engine.drop_gradients()
+            self._drop(engine)
+
+    def _drop(self, engine: Engine) -> None:
+        engine.drop_gradients()
+        self.dropped = True
 
     def _budget(self, batch: StepBatch, completions: float) -> float | None:
         shift = self.region.policy_shift

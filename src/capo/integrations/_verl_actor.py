@@ -86,7 +86,7 @@ class Actor:
         optimizer_config: verl's settings of it.
         dp_group: the data-parallel processes, all of them.
         autocast: the engine's mixed precision.
-        exact_hidden: whether the engine computes in float32.
+        exact_hidden: whether the engine computes in float32, and without dropout.
         seed: of the choice of completions on which steps are tried.
         token_callbacks: called with a :class:`TokenRecord` for every judged micro-batch.
     """
@@ -146,6 +146,7 @@ class Actor:
         self._check_top_k(options)
         return Monitor(
             options,
+            self.optimizer,
             {"betas": tuple(optimizer_config.betas), "eps": 1e-8},
             trained=read_head(self.module, 1.0).parameter.requires_grad,
             seed=seed,
@@ -196,6 +197,7 @@ class Actor:
     def _prepare_control(self, control: StepControl, config: Any, rows: int) -> None:
         assert self.region is not None
         control.iterations = config.ppo_epochs
+        control.every_completion = bool(config.use_kl_loss)  # its gradient asks for no advantage
         if self.region.sequences == "auto":
             prompts = math.ceil(rows * self.world.size / max(config.rollout_n, 1))
             control.region = dataclasses.replace(self.region, sequences=auto_sequences(prompts))
@@ -306,7 +308,7 @@ class Actor:
         now = self._now
         taken = now is not None and now.taken
         if self.judge is not None:
-            if taken:
+            if taken and not (self.control is not None and self.control.dropped):
                 self.judge.step_model.advance(self.max_norm, grad_norm)
             else:
                 self.judge.step_model.discard()

@@ -258,8 +258,7 @@ class CurvatureMonitor:
         self._observer.before_step(
             engine,
             trainer.accelerator.autocast,
-            exact_hidden=trainer.accelerator.mixed_precision == "no"
-            and engine.head().weight.dtype in (torch.float32, torch.float64),
+            exact_hidden=trainer.accelerator.mixed_precision == "no" and engine.exact_hidden,
         )
         self._own_seconds += self._clock() - began
 

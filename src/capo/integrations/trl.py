@@ -113,7 +113,9 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self._grad_norm: float | None = None
         self._rewards: Tensor | None = None
         if self._judge is not None or self._control is not None:
-            self.add_callback(_AroundOptimizerStep(self._before_step, self._after_step))
+            self.add_callback(
+                _AroundOptimizerStep(self._begin, self._before_step, self._after_step)
+            )
 
     @property
     def last_policy_shift(self) -> float | None:
@@ -158,26 +160,28 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         mask = inputs["completion_mask"]
         mask = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
         hidden = predicting_positions(torch.cat(passes), mask.size(1))
-        deep = None
+        deep = judged = None
         depth = getattr(self.args, "depth", None)
+        if gate is not None:
+            judged = self._pass(inputs, mask, hidden, loss, gate)
         # With several processes all take part, whether they have tokens or not.
         some = not engine.world.alone or bool(mask.any())
-        if gate is not None and some and (halves or depth is not None):
+        if gate is not None and judged is not None and some and (halves or depth is not None):
             deep = DeepPass(
                 engine=engine,
                 head=engine.head(),
                 autocast=self.accelerator.autocast,
                 loss=loss,
                 gate=gate,
-                inputs=inputs,
-                mask=mask.bool(),
+                inputs={**inputs, "advantages": judged.effective_advantage},
+                mask=judged.mask,
                 hidden=hidden,
                 accumulation_steps=self.current_gradient_accumulation_steps,
                 max_grad_norm=self.args.max_grad_norm or 0.0,
             )
-        if gate is not None and judges:
+        if gate is not None and judged is not None and judges:
             curvature = None if deep is None or depth is None else deep.curvature(depth)
-            self._select(engine, inputs, mask, hidden, loss, gate, curvature)
+            self._select(engine, inputs, judged, gate, curvature)
         if self._control is not None:
             self._control.collect(
                 inputs,
@@ -189,19 +193,16 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
             )
         return loss
 
-    def _select(
+    def _pass(
         self,
-        engine: Engine,
         inputs: dict[str, Any],
         mask: Tensor,
         hidden: Tensor,
         loss: Tensor,
         gate: GradientGate,
-        curvature: capo.TokenCurvature | None,
-    ) -> None:
-        assert self._judge is not None
+    ) -> PolicyPass:
         gradient = gate.gradient(loss)
-        judged = PolicyPass(
+        return PolicyPass(
             hidden=hidden,
             token_ids=inputs["completion_ids"],
             mask=mask.bool(),
@@ -210,6 +211,16 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
             accumulation_steps=self.current_gradient_accumulation_steps,
             context=self._context(inputs, gate, gradient),
         )
+
+    def _select(
+        self,
+        engine: Engine,
+        inputs: dict[str, Any],
+        judged: PolicyPass,
+        gate: GradientGate,
+        curvature: capo.TokenCurvature | None,
+    ) -> None:
+        assert self._judge is not None
         verdict = self._judge.judge(judged, engine.head(), engine, curvature)
         if self._watch is None:
             gate.weights, gate.offset = verdict.weights, verdict.offset
@@ -260,6 +271,13 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self._grad_norm = float(norm)
         return norm
 
+    def _begin(self) -> None:
+        if self._control is not None:
+            self._control.begin()
+        if self._judge is not None:
+            self._judge.step_model.discard()
+        self._grad_norm = None
+
     def _before_step(self) -> None:
         if not self._engine().steps_in_backward:
             self._foresee()
@@ -271,8 +289,7 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self._control.before_step(
             engine,
             self.accelerator.autocast,
-            exact_hidden=self.accelerator.mixed_precision == "no"
-            and engine.head_dtype in (torch.float32, torch.float64),
+            exact_hidden=self.accelerator.mixed_precision == "no" and engine.exact_hidden,
         )
 
     def _restore(self) -> None:
@@ -281,6 +298,7 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _after_step(self) -> None:
         skipped = self.accelerator.optimizer_step_was_skipped  # overflow under fp16
+        dropped = self._control is not None and self._control.dropped
         self._restore()
         if self._control is not None:
             if skipped:
@@ -288,7 +306,7 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
             else:
                 self._measure(self._control)
         if self._judge is not None:
-            if skipped:
+            if skipped or dropped:
                 self._judge.step_model.discard()
             elif self._grad_norm is None:
                 self._judge.step_model.advance()
@@ -362,11 +380,17 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
 
 class _AroundOptimizerStep(TrainerCallback):  # type: ignore[misc]
-    """Calls before the optimizer steps and when it has stepped (or would have, but for overflow)."""
+    """Calls when training begins, before the optimizer steps, and when it has or overflow kept it from it."""
 
-    def __init__(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+    def __init__(
+        self, begin: Callable[[], None], before: Callable[[], None], after: Callable[[], None]
+    ) -> None:
+        self._begin = begin
         self._before = before
         self._after = after
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._begin()
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self._before()

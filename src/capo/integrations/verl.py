@@ -33,7 +33,7 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from capo.core.errors import InputError
-from capo.integrations._trl_head import capture_hidden
+from capo.integrations._trl_head import capture_hidden, drops_out
 from capo.integrations._trl_judge import TokenRecord
 from capo.integrations._verl_actor import Actor
 from capo.integrations._verl_options import Options, check_layout, read_options
@@ -148,7 +148,7 @@ class CAPOEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             optimizer_config=self.optimizer_config,
             dp_group=self.get_data_parallel_group(),
             autocast=self._autocast,
-            exact_hidden=self._autocast_dtype == torch.float32,
+            exact_hidden=self._autocast_dtype == torch.float32 and not drops_out(self.module),
             seed=self.engine_config.seed,
             token_callbacks=self.token_callbacks,
         )
