@@ -9,12 +9,15 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sweep_kit import GRID, write_grid
 
 from capo.lab.sweep.drive import state_of, sweep
+from capo.lab.sweep.execute import Mark
 from capo.lab.sweep.grid import load_grid, parse_grid
+from capo.lab.sweep.point import Point
 from capo.lab.sweep.reading import read_grid
 from capo.lab.sweep.watching import Watcher
 from run_kit import capo_command, start
@@ -192,6 +195,25 @@ def test_a_worker_that_dies_is_replaced_and_its_point_made(tmp_path):
     assert "2 made, 0 found, 0 failed" in out
     for point in (first, second):
         assert state_of(point, runs) == ("finished", "")
+
+
+def _die_at_rate(point: Point, runs: Path, provenance: dict[str, Any]) -> Mark:
+    """A point that takes no time, or at one learning rate ends its process."""
+    if point.resolved.training.learning_rate == 1e-4:
+        os._exit(1)
+    return Mark(point.fingerprint(), "steps", 0.0, provenance)
+
+
+def test_a_point_that_always_dies_takes_no_other_with_it(tmp_path):
+    seeds = ", ".join(map(str, range(7)))
+    text = GRID.replace("seeds = [0, 1]", f"seeds = [{seeds}]").replace("1e-4, 1e-3", "1e-3")
+    points = parse_grid(text).points()
+    deadly = parse_grid(SMALL.replace("1e-3", "1e-4")).points()[0]
+    swept = sweep([deadly, *points], tmp_path, 2, Watcher(), make=_die_at_rate)
+    assert swept.made == len(points) == 14
+    assert list(swept.failed) == [deadly.name]
+    assert swept.failed[deadly.name].startswith("BrokenProcessPool: ")
+    assert state_of(deadly, tmp_path)[0] == "failed"
 
 
 def test_a_policy_that_diverges_is_a_result(tmp_path):

@@ -9,7 +9,8 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -17,8 +18,6 @@ from typing import Any, Generic, TypeVar
 
 JobT = TypeVar("JobT")
 MadeT = TypeVar("MadeT")
-
-ATTEMPTS = 2  # at a job whose process died: the second time it was hardly another job's doing
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,9 @@ class Failure:
 class Workers(Generic[JobT, MadeT]):
     """A bounded number of processes.
 
+    Each is a pool of its own, so that one that dies takes no other's job with it. Its job is tried once
+    more, at the end and alone: what had no memory beside the others may have it then.
+
     Args:
         jobs: processes.
         make: called in a process with a job, with ``extra`` after it; importable by its name.
@@ -47,67 +49,99 @@ class Workers(Generic[JobT, MadeT]):
         """Start nothing before there is something to do."""
         os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come; torch here has started
         self.jobs, self.make, self.extra = jobs, make, extra
-        self.pool = self._pool()
-        self.running: dict[Future[MadeT], tuple[JobT, int]] = {}
+        self._processes: list[ProcessPoolExecutor] = []
+        self._idle: list[ProcessPoolExecutor] = []  # of them
+        self._at_work: dict[Future[MadeT], tuple[JobT, ProcessPoolExecutor]] = {}
+        self._waiting: deque[JobT] = deque()
+        self._died: deque[JobT] = deque()  # their processes did, once
+        self._alone = False  # whether one of those is at work
+
+    @property
+    def running(self) -> int:
+        """Jobs of which `finished` has still to tell, begun or not."""
+        return len(self._waiting) + len(self._at_work) + len(self._died)
 
     def submit(self, job: JobT) -> None:
         """Make this some time."""
-        self._submit(job, attempt=1)
+        self._waiting.append(job)
+        self._begin_some()
 
     def finished(self, timeout: float | None = None) -> list[tuple[JobT, MadeT | Failure]]:
         """What is made by now; waits for at least one, but no longer than ``timeout`` seconds.
 
-        Empty where nothing was submitted, or nothing is made in time.
+        Empty where nothing was submitted, nothing is made in time, or a process died.
         """
-        done = wait(self.running, timeout=timeout, return_when=FIRST_COMPLETED).done
+        done = wait(self._at_work, timeout=timeout, return_when=FIRST_COMPLETED).done
         made: list[tuple[JobT, MadeT | Failure]] = []
-        again: list[tuple[JobT, int]] = []
         for future in done:
-            job, attempt = self.running.pop(future)
+            job, process = self._at_work.pop(future)
             try:
                 made.append((job, future.result()))
             except BrokenProcessPool as error:
-                # One process died and took the pool with it: which job's it was, nobody knows.
-                if attempt < ATTEMPTS:
-                    again.append((job, attempt + 1))
-                else:
+                self._end([process], at_once=True)
+                if self._alone:
                     made.append((job, Failure(error)))
+                else:
+                    self._died.append(job)
+                continue
             except Exception as error:
                 made.append((job, Failure(error)))
-        if again:
-            self._again(again)
+            self._idle.append(process)
+        self._alone = self._alone and bool(self._at_work)
+        self._begin_some()
         return made
 
     def stop(self) -> None:
         """End the processes, whatever they are at."""
-        processes = list((self.pool._processes or {}).values())
-        manager: Any = self.pool._executor_manager_thread  # a thread, which shutdown forgets
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes if self.running else []:  # the others have nothing to do and leave
+        self._end([each for each in self._processes if each not in self._idle], at_once=True)
+        self._end(self._idle)
+
+    def _begin_some(self) -> None:
+        while self._waiting and len(self._at_work) < self.jobs and not self._alone:
+            self._begin(self._waiting.popleft())
+        if self._died and not self._at_work:
+            self._end(self._idle)  # the memory is for the one
+            self._alone = True
+            self._begin(self._died.popleft())
+
+    def _begin(self, job: JobT) -> None:
+        process = self._idle.pop() if self._idle else self._process()
+        try:
+            future = process.submit(_call, self.make, job, *self.extra)
+        except BrokenProcessPool:  # it died with nothing to do, which is no fault of this job
+            self._end([process], at_once=True)
+            process = self._process()
+            future = process.submit(_call, self.make, job, *self.extra)
+        self._at_work[future] = (job, process)
+
+    def _process(self) -> ProcessPoolExecutor:
+        """One process, started with its first job."""
+        spawn = multiprocessing.get_context("spawn")
+        process = ProcessPoolExecutor(1, mp_context=spawn, initializer=begin_worker)
+        self._processes.append(process)
+        return process
+
+    def _end(self, pools: Sequence[ProcessPoolExecutor], *, at_once: bool = False) -> None:
+        """End these processes; without ``at_once`` they have nothing to do, and leave by themselves."""
+        processes = [
+            process for pool in pools for process in list((pool._processes or {}).values())
+        ]
+        managers: list[Any] = [pool._executor_manager_thread for pool in pools]  # shutdown forgets
+        for pool in pools:
+            pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes if at_once else []:
             process.terminate()
         for process in processes:
             process.join(timeout=10)
             if process.is_alive():
                 process.kill()
-        if manager is not None:  # else it may close its pipe while Python, at exit, writes to it
-            manager.join(timeout=10)
-
-    def _submit(self, job: JobT, attempt: int) -> None:
-        future = self.pool.submit(_call, self.make, job, *self.extra)
-        self.running[future] = (job, attempt)
-
-    def _again(self, jobs: list[tuple[JobT, int]]) -> None:
-        # The pool is broken, so everything else in it is lost as well, and was as innocent.
-        jobs += self.running.values()
-        self.running.clear()
-        self.stop()
-        self.pool = self._pool()
-        for job, attempt in jobs:
-            self._submit(job, attempt)
-
-    def _pool(self) -> ProcessPoolExecutor:
-        spawn = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self.jobs, mp_context=spawn, initializer=begin_worker)
+        for manager in managers:
+            if (
+                manager is not None
+            ):  # else it may close its pipe while Python, at exit, writes to it
+                manager.join(timeout=10)
+        self._processes = [each for each in self._processes if each not in pools]
+        self._idle = [each for each in self._idle if each not in pools]
 
 
 @contextlib.contextmanager
