@@ -183,6 +183,37 @@ def test_a_fault_of_our_own_is_not_called_a_missing_package(monkeypatch):
         main()
 
 
+class Asked(Exception):  # noqa: N818 - stops a command once it has asked
+    """What a command has asked the library for."""
+
+
+def asks(*arguments, **_):
+    raise Asked(*arguments)
+
+
+def asked(run_capo, *arguments):
+    """What the first argument of the function that raises `Asked` was, and those after it."""
+    with pytest.raises(Asked) as stopped:
+        run_capo(*arguments)
+    return stopped.value.args
+
+
+def test_settings_that_are_given_twice_add_up(run_capo, monkeypatch, tmp_path):
+    monkeypatch.setattr("capo.policies.pretrain.pretrain", asks)
+    twice = ("--set", "task.params.smallest=20", "--set", "task.params.largest=50")
+    recipe = asked(run_capo, "pretrain", "-o", tmp_path, *twice)[0]
+    assert recipe.task.params == {"smallest": 20, "largest": 50}
+    word = ("--config", "spell_backward", "--set", "task.params.max_word_len=5")
+    recipe = asked(run_capo, "pretrain", "-o", tmp_path, *word)[0]
+    assert (recipe.task.name, recipe.task.params["min_word_len"]) == ("reasoning_gym", 3)
+    assert recipe.task.params["max_word_len"] == 5
+
+    monkeypatch.setattr("capo.lab.ingredients.load_configured_task", asks)
+    twice = ("--param", "parameters.a=1", "--param", "parameters.b=2", "--param", "size=3")
+    name, params = asked(run_capo, "eval", "embedded:sums", *twice)
+    assert (name, params) == ("sums", {"parameters": {"a": 1, "b": 2}, "size": 3})
+
+
 @pytest.mark.slow
 def test_train_eval_compare_and_report(run_capo, tmp_path):
     grpo, judged = tmp_path / "grpo", tmp_path / "capo"

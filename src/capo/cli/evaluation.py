@@ -78,6 +78,7 @@ def _evaluate_task(
     *,
     as_json: bool,
 ) -> None:
+    from capo.core.tables import laid_over
     from capo.lab.config import EvalSection
     from capo.lab.evaluate import evaluate as measure
     from capo.lab.ingredients import load_configured_task
@@ -91,7 +92,7 @@ def _evaluate_task(
     name = task or section.name
     params = dict(section.params) if name == section.name else {}
     for each in param:
-        params |= parse_override(f"params.{each}")["params"]
+        params = laid_over(params, parse_override(f"params.{each}")["params"])
     graded = load_configured_task(name, params)
     seed = EvalSection().seed if seed is None else seed
     try:

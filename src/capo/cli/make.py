@@ -68,12 +68,13 @@ def pretrain(
     as_json: AsJson = False,
 ) -> None:
     """Pre-train a policy: as the shipped one was, or by another recipe (docs/how-to/policies.md)."""
+    from capo.core.tables import laid_over
     from capo.lab.run import quiet_libraries
     from capo.lab.sources import parse_override
 
     overrides: dict[str, Any] = {}
     for setting in settings or []:
-        overrides |= parse_override(f"set.{setting}")["set"]
+        overrides = laid_over(overrides, parse_override(f"set.{setting}")["set"])
     quiet_libraries()
     from capo.policies.pretrain import PretrainConfig
     from capo.policies.pretrain import pretrain as run

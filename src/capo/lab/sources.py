@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from capo.core.errors import InputError
+from capo.core.tables import laid_over
 from capo.lab.config import Config, parse_config
 
 Document = dict[str, Any]
@@ -44,7 +45,7 @@ def load_config(source: str | Path, overrides: list[str] | None = None) -> Confi
     """
     document = _read(str(source), trail=())
     for override in overrides or []:
-        _merge(document, parse_override(override))
+        document = laid_over(document, parse_override(override))
     return parse_config(document)
 
 
@@ -93,9 +94,7 @@ def _read(source: str, trail: tuple[str, ...]) -> Document:
         raise InputError("extends", f"must be a preset's name or a file's path, got {parent!r}.")
     if parent not in preset_names():  # a path is relative to the file that names it
         parent = str(path.parent / parent)
-    base = _read(parent, (*trail, source))
-    _merge(base, document)
-    return base
+    return laid_over(_read(parent, (*trail, source)), document)
 
 
 def _text(source: str, path: Path) -> str:
@@ -106,15 +105,6 @@ def _text(source: str, path: Path) -> str:
     near = difflib.get_close_matches(source, preset_names(), n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}?" if near else f"presets are {', '.join(preset_names())}."
     raise InputError("config", f"{source!r} is neither a file nor a preset, {hint}")
-
-
-def _merge(base: Document, update: Document) -> None:
-    """Lay ``update`` over ``base``, table by table."""
-    for key, value in update.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            _merge(base[key], value)
-        else:
-            base[key] = value
 
 
 def _is_toml(name: str) -> bool:

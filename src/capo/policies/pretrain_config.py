@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from capo.core.errors import InputError
+from capo.core.tables import laid_over
 from capo.policies.architectures import GROUPED, Architecture
 from capo.policies.lessons import strategies_of
 from capo.policies.recipes import recipe_names, recipe_settings
@@ -147,13 +148,13 @@ class PretrainConfig(BaseModel):
 
     @classmethod
     def from_toml(cls, path: str | Path, **overrides: Any) -> Self:
-        """Read a sparse TOML file, or a recipe by name; ``overrides`` win over it.
+        """Read a sparse TOML file, or a recipe by name; ``overrides`` are laid over it, table by table.
 
         Raises:
             InputError: the file is missing or is not TOML, or see `from_dict`.
         """
         if str(path) in recipe_names():
-            return cls.from_dict(recipe_settings(str(path)) | overrides)
+            return cls.from_dict(laid_over(recipe_settings(str(path)), overrides))
         try:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -164,7 +165,7 @@ class PretrainConfig(BaseModel):
             ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InputError("config", f"'{path}' is not valid TOML: {error}.") from error
-        return cls.from_dict(values | overrides)
+        return cls.from_dict(laid_over(values, overrides))
 
     def command(self) -> str:
         """The command line that repeats this recipe, overrides included."""
