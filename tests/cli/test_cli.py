@@ -131,6 +131,10 @@ def test_a_foreign_tokenizer_is_refused(run_capo, tmp_path, foreign_tokenizer):
         (["bench", "speed"], "bench: must be one of step, core"),
         (["pretrain", "-o", "OUT", "--set", "steps=-1"], "steps: "),
         (["pretrain", "-o", "OUT", "--config", "nowhere.toml"], "config: "),
+        (
+            ["pretrain", "-o", "OUT", "--config", "aiw", "--set", "path=1"],
+            "path: is not a known key",
+        ),
         (["demo", "-o", "{file}"], "output: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -142,10 +142,10 @@ def test_what_it_writes_is_a_policy(tmp_path: Path) -> None:
 def test_config_from_toml(tmp_path: Path) -> None:
     file = tmp_path / "recipe.toml"
     file.write_text("steps = 7\nheads = 2\n[strategies]\ncareful = 0.5\nguess = 0.5\n")
-    config = PretrainConfig.from_toml(file, heads=8)
+    config = PretrainConfig.from_toml(file, {"heads": 8})
     assert (config.steps, config.heads) == (7, 8)
     assert config.strategies == {"careful": 0.5, "guess": 0.5}
-    config = PretrainConfig.from_toml(file, strategies={"careful": 0.6, "guess": 0.4})
+    config = PretrainConfig.from_toml(file, {"strategies": {"careful": 0.6, "guess": 0.4}})
     assert config.strategies == {"careful": 0.6, "guess": 0.4}
     file.write_text("steps = \n")
     with pytest.raises(InputError, match="not valid TOML"):
@@ -156,14 +156,14 @@ def test_config_from_toml(tmp_path: Path) -> None:
 
 def test_what_an_override_does_not_name_stays(tmp_path: Path) -> None:
     laid = {"task": {"params": {"max_word_len": 5}}}
-    task = PretrainConfig.from_toml("spell_backward", **laid).task
+    task = PretrainConfig.from_toml("spell_backward", laid).task
     shipped = PretrainConfig.from_toml("spell_backward").task
     assert shipped.params["max_word_len"] == 7
     assert task.name == "reasoning_gym"
     assert task.params == shipped.params | {"max_word_len": 5}
     file = tmp_path / "recipe.toml"
     file.write_text("[task.params]\nsmallest = 20\n")
-    narrow = PretrainConfig.from_toml(file, task={"params": {"largest": 50}}).task
+    narrow = PretrainConfig.from_toml(file, {"task": {"params": {"largest": 50}}}).task
     assert narrow.params == {"smallest": 20, "largest": 50}
 
 

@@ -82,7 +82,7 @@ def pretrain(
     if config is None:
         recipe = PretrainConfig.from_dict(overrides)
     else:
-        recipe = PretrainConfig.from_toml(config, **overrides)
+        recipe = PretrainConfig.from_toml(config, overrides)
 
     def say(step: int, steps: int, loss: float) -> None:
         if step % max(1, steps // 20) == 0:

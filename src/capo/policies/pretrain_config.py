@@ -147,14 +147,14 @@ class PretrainConfig(BaseModel):
             raise InputError(field, f"{message} (got {first['input']!r}).") from error
 
     @classmethod
-    def from_toml(cls, path: str | Path, **overrides: Any) -> Self:
+    def from_toml(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> Self:
         """Read a sparse TOML file, or a recipe by name; ``overrides`` are laid over it, table by table.
 
         Raises:
             InputError: the file is missing or is not TOML, or see `from_dict`.
         """
         if str(path) in recipe_names():
-            return cls.from_dict(laid_over(recipe_settings(str(path)), overrides))
+            return cls.from_dict(laid_over(recipe_settings(str(path)), overrides or {}))
         try:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -165,7 +165,7 @@ class PretrainConfig(BaseModel):
             ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InputError("config", f"'{path}' is not valid TOML: {error}.") from error
-        return cls.from_dict(laid_over(values, overrides))
+        return cls.from_dict(laid_over(values, overrides or {}))
 
     def command(self) -> str:
         """The command line that repeats this recipe, overrides included."""
