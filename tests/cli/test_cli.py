@@ -129,6 +129,11 @@ def test_a_foreign_tokenizer_is_refused(run_capo, tmp_path, foreign_tokenizer):
         (["eval", "embedded:sums", "--task", "chess"], "task.name: must be one of"),
         (["eval", "embedded:sums", "--problems", "1000000"], "--problems: must be in"),
         (["bench", "speed"], "bench: must be one of step, core"),
+        *(
+            (["bench", bench, option, number], f"{option}: must be at least 1, got {number}.")
+            for bench in ("warning", "fidelity")
+            for option, number in (("--seeds", "0"), ("--jobs", "-1"), ("--jobs", "0"))
+        ),
         (["pretrain", "-o", "OUT", "--set", "steps=-1"], "steps: "),
         (["pretrain", "-o", "OUT", "--config", "nowhere.toml"], "config: "),
         (

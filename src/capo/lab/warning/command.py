@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from capo.core.errors import InputError
 from capo.lab.provenance import collect_provenance
 from capo.lab.rundir import write_text
 from capo.lab.warning.plan import RunPlan, freezing_runs, judged_runs
@@ -36,6 +37,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--report-only", action="store_true", help="make no run")
     parser.add_argument("--output", type=Path, default=Path("results/warning"), help="directory")
     options = parser.parse_args(arguments)
+    for name in ("seeds", "jobs"):
+        if (number := getattr(options, name)) < 1:
+            raise InputError(f"--{name}", f"must be at least 1, got {number}.")
     options.output.mkdir(parents=True, exist_ok=True)
     plans = freezing_runs() if options.freeze else judged_runs(options.seeds)
     path = options.output / (FREEZING if options.freeze else JUDGED)
