@@ -134,6 +134,10 @@ def test_a_foreign_tokenizer_is_refused(run_capo, tmp_path, foreign_tokenizer):
             for bench in ("warning", "fidelity")
             for option, number in (("--seeds", "0"), ("--jobs", "-1"), ("--jobs", "0"))
         ),
+        (
+            ["bench", "warning", "--report-only", "--output", "gone"],
+            "--output: 'gone/judged.json' records no run",
+        ),
         (["pretrain", "-o", "OUT", "--set", "steps=-1"], "steps: "),
         (["pretrain", "-o", "OUT", "--config", "nowhere.toml"], "config: "),
         (

@@ -40,9 +40,11 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("seeds", "jobs"):
         if (number := getattr(options, name)) < 1:
             raise InputError(f"--{name}", f"must be at least 1, got {number}.")
-    options.output.mkdir(parents=True, exist_ok=True)
     plans = freezing_runs() if options.freeze else judged_runs(options.seeds)
     path = options.output / (FREEZING if options.freeze else JUDGED)
+    if options.report_only and not read(path)["runs"]:
+        raise InputError("--output", f"{str(path)!r} records no run; leave --report-only out.")
+    options.output.mkdir(parents=True, exist_ok=True)
     runs = make_runs(plans, path, 0 if options.report_only else options.jobs)
     from capo.lab.warning import report
 
