@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 import capo
 from capo.cli.main import main
+from capo.cli.make import BENCHES
 from capo.lab.rundir import RunDirectory
 from capo.lab.sources import preset_names
 from capo.policies.loading import EMBEDDED
@@ -194,6 +196,24 @@ def test_a_fault_of_our_own_is_not_called_a_missing_package(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["capo", "presets"])
     with pytest.raises(ModuleNotFoundError):
         main()
+
+
+def test_help_of_bench_lists_the_benches(run_capo, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, err = run_capo("bench", "--help")
+    assert (code, err) == (0, "")
+    assert "What to measure." in out
+    assert all(f"{name})" in out or f"{name}," in out for name in BENCHES)
+    assert "capo bench step --help" in out
+
+
+@pytest.mark.parametrize("bench", BENCHES)
+def test_every_bench_shows_its_own_help(run_capo, bench):
+    code, out, err = run_capo("bench", bench, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"usage: capo bench {bench} ")
+    own = set(re.findall(r"^  (--[a-z-]+)", out, re.MULTILINE))
+    assert len(own) > 2
 
 
 class Asked(Exception):  # noqa: N818 - stops a command once it has asked

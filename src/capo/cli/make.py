@@ -26,6 +26,8 @@ BENCHES = {
     "gpu": "capo.lab.gpu.command",
 }
 
+HELP = "--help"
+
 
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to put it.")] = Path(
@@ -109,8 +111,11 @@ def bench(
     """Time a step (step, core), judge its predictors (fidelity), compare rules (trust-region),
     combine all levers (levers), judge the early warning (warning), hold the plan against real
     runs (plan), pre-train and measure policies (policies), train a larger one (larger), check and
-    time a GPU (gpu).
+    time a GPU (gpu). Each has options of its own: capo bench step --help.
     """
+    if what == HELP:
+        typer.echo(context.get_help())
+        return
     if what not in BENCHES:
         raise InputError("bench", f"must be one of {', '.join(BENCHES)}, got {what!r}.")
     importlib.import_module(BENCHES[what]).main(context.args)
@@ -120,4 +125,8 @@ def register(app: typer.Typer) -> None:
     """Add these commands to ``app``."""
     app.command()(demo)
     app.command()(pretrain)
-    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
+    # Without a help option of its own, `--help` is what is measured, or goes to the bench that is.
+    app.command(
+        add_help_option=False,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )(bench)

@@ -367,12 +367,14 @@ def run(sizes: Sizes, output: Path | None = None, *, scaling: bool = True) -> di
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of ``python -m capo.lab.bench_core``."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=Sizes.tokens)
-    parser.add_argument("--repeats", type=int, default=Sizes.repeats)
-    parser.add_argument("--output", type=Path, default=None)
-    parser.add_argument("--no-scaling", action="store_true")
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        prog="capo bench core", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--tokens", type=int, default=Sizes.tokens, help="completion tokens")
+    parser.add_argument("--repeats", type=int, default=Sizes.repeats, help="timings of each")
+    parser.add_argument("--output", type=Path, default=None, help="directory")
+    parser.add_argument("--no-scaling", action="store_true", help="only at the one size")
     a = parser.parse_args(argv)
     run(Sizes(tokens=a.tokens, repeats=a.repeats), a.output, scaling=not a.no_scaling)
     return 0
