@@ -147,6 +147,9 @@ def test_a_foreign_tokenizer_is_refused(run_capo, tmp_path, foreign_tokenizer):
             "path: is not a known key",
         ),
         (["demo", "-o", "{file}"], "output: "),
+        (["inspect", "RUN", "--serve", "-o", "page.html"], "--output: is for the file"),
+        (["inspect", "RUN", "--serve", "--limit-mb", "10"], "--limit-mb: is for the file"),
+        (["inspect", "RUN", "--port", "0"], "--port: is where to --serve"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

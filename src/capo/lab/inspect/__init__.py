@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from capo.lab.inspect.page import Written, build_inspection
+from capo.lab.inspect.page import LIMIT_MB, Written, build_inspection
 from capo.lab.inspect.server import serve
 
-__all__ = ["Written", "build_inspection", "serve"]
+__all__ = ["LIMIT_MB", "Written", "build_inspection", "serve"]
