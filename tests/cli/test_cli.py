@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import capo
 from capo.cli.main import main
 from capo.cli.make import BENCHES
+from capo.lab.devices import Place
 from capo.lab.rundir import RunDirectory
 from capo.lab.sources import preset_names
 from capo.policies.loading import EMBEDDED
@@ -130,6 +132,8 @@ def test_a_foreign_tokenizer_is_refused(run_capo, tmp_path, foreign_tokenizer):
         (["eval", "nowhere"], "policy.path: 'nowhere' is not a directory"),
         (["eval", "embedded:sums", "--task", "chess"], "task.name: must be one of"),
         (["eval", "embedded:sums", "--problems", "1000000"], "--problems: must be in"),
+        (["eval", "embedded:sums", "--device", "meta"], "--device: 'meta' is not there"),
+        (["eval", "embedded:sums", "--suite", "embedded", "--dtype", "int8"], "--dtype: must be"),
         (["bench", "speed"], "bench: must be one of step, core"),
         *(
             (["bench", bench, option, number], f"{option}: must be at least 1, got {number}.")
@@ -248,6 +252,40 @@ def test_settings_that_are_given_twice_add_up(run_capo, monkeypatch, tmp_path):
     twice = ("--param", "parameters.a=1", "--param", "parameters.b=2", "--param", "size=3")
     name, params = asked(run_capo, "eval", "embedded:sums", *twice)
     assert (name, params) == ("sums", {"parameters": {"a": 1, "b": 2}, "size": 3})
+
+
+def test_eval_says_where_and_in_which_numbers_it_sampled(run_capo, tmp_path):
+    few = ("eval", "embedded:sums", "--device", "cpu", "--dtype", "bfloat16", "--problems", 4)
+    code, out, _ = run_capo(*few)
+    assert code == 0
+    assert "held-out problems of 'sums' (cpu, bfloat16)" in out
+    document = json.loads(run_capo(*few, "--json")[1])
+    assert (document["device"], document["dtype"]) == ("cpu", "bfloat16")
+
+    suite = tmp_path / "suite.toml"
+    suite.write_text('[[tasks]]\nname = "few"\ntask = "sums"\nproblems = 4\n')
+    on = ("eval", "embedded:sums", "--suite", suite, "-o", tmp_path / "report", "--device", "cpu")
+    code, out, _ = run_capo(*on)
+    assert code == 0
+    assert "sampled on cpu in float32" in out
+    document = json.loads((tmp_path / "report" / "evaluation.json").read_text())
+    assert (document["device"], document["dtype"]) == ("cpu", "float32")
+    assert "Sampled on `cpu` in float32." in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_eval_loads_a_policy_to_where_the_accelerator_is(run_capo, monkeypatch):
+    there = Place(torch.device("cuda"), None)
+    monkeypatch.setattr("capo.lab.devices.find_place", lambda *_: there)
+    loaded = []
+
+    def load_policy(source, **place):
+        loaded.append(place)
+        raise Asked
+
+    monkeypatch.setattr("capo.policies.load_policy", load_policy)
+    asked(run_capo, "eval", "embedded:sums")
+    asked(run_capo, "eval", "embedded:sums", "--suite", "embedded")
+    assert loaded == [vars(there)] * 2
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from sweep_kit import GRID
 
 from capo import InputError
 from capo.lab.config import Config
-from capo.lab.devices import check_device, precision
+from capo.lab.devices import Place, check_device, find_place, precision
 from capo.lab.recorder import _check_finite
 from capo.lab.run import check_resumable, train
 from capo.lab.rundir import OUT_OF_TIME, RunDirectory
@@ -55,6 +55,46 @@ def test_a_device_that_is_not_there_or_not_one_is_refused(monkeypatch):
     check_device(config("run.device=cpu"))
     with pytest.raises(InputError, match="must be one GPU, and torch finds 2"):
         check_device(config())
+
+
+@pytest.fixture
+def accelerators(monkeypatch):
+    """Tells torch of so many GPUs."""
+
+    def tell(number):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: number > 0)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: number)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+
+    return tell
+
+
+def test_an_evaluation_is_where_there_is_an_accelerator(accelerators):
+    accelerators(0)
+    assert find_place("auto", "auto") == Place(torch.device("cpu"), torch.float32)
+    accelerators(2)
+    assert find_place("auto", "auto") == Place(torch.device("cuda"), None)  # None: as saved
+    assert find_place("auto", "float16") == Place(torch.device("cuda"), torch.float16)
+    assert find_place("cuda:1", "auto") == Place(torch.device("cuda:1"), None)
+    assert find_place("cpu", "auto") == Place(torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("number", "device", "dtype", "says"),
+    [
+        (0, "cuda", "auto", "--device: 'cuda' is not there: torch finds the CPU only"),
+        (2, "cuda:2", "auto", "--device: 'cuda:2' is not there: torch finds 2 of 'cuda'"),
+        (2, "xpu", "auto", "--device: 'xpu' is not there"),
+        (2, "gpu", "auto", "--device: must be auto, cpu, cuda or cuda:1, got 'gpu'"),
+        (2, "cuda:x", "auto", "--device: must be auto"),
+        (2, "", "auto", "--device: must be auto"),
+        (0, "auto", "int8", "--dtype: must be auto, float32, bfloat16, float16, got 'int8'"),
+    ],
+)
+def test_a_place_that_is_not_there_is_refused(accelerators, number, device, dtype, says):
+    accelerators(number)
+    with pytest.raises(InputError, match=says):
+        find_place(device, dtype)
 
 
 def test_tf32_holds_for_the_run_and_is_undone():

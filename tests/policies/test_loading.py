@@ -37,6 +37,15 @@ def test_embedded_policy() -> None:
     assert policy.model.generation_config.pad_token_id == policy.tokenizer.pad_token_id
 
 
+def test_a_policy_comes_where_and_in_the_numbers_that_are_asked_for(copy: Path) -> None:
+    policy = load_policy(copy, dtype=torch.bfloat16, device="meta")
+    assert (policy.model.device.type, policy.model.dtype) == ("meta", torch.bfloat16)
+    saved = load_policy(copy, dtype=torch.bfloat16)
+    saved.model.save_pretrained(copy)
+    assert load_policy(copy).model.dtype == torch.float32
+    assert load_policy(copy, dtype=None).model.dtype == torch.bfloat16
+
+
 def test_every_load_is_a_fresh_copy(copy: Path) -> None:
     first, second = load_policy(copy), load_policy(str(copy))
     with torch.no_grad():

@@ -14,6 +14,7 @@ from capo.core.errors import InputError
 
 if TYPE_CHECKING:
     from capo.lab.config import TaskSection
+    from capo.lab.devices import Place
 
 
 def evaluate(
@@ -52,20 +53,36 @@ def evaluate(
     param: Annotated[
         list[str] | None, typer.Option(help="A parameter of the task, KEY=VALUE.")
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="auto (an accelerator where there is one), cpu, cuda, cuda:1.")
+    ] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Of the weights: auto (as they were saved, but float32 on the CPU), float32, bfloat16, "
+            "float16."
+        ),
+    ] = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a policy's sampled accuracy and pass@k on held-out problems, or on a suite of tasks."""
+    from capo.lab.devices import find_place
+
     if suite is None:
         if output is not None:
             raise InputError("--output", "is for the report of a --suite; give that as well.")
-        _evaluate_task(model, task, problems or 512, k or 1, seed, param or [], as_json=as_json)
+        place = find_place(device, dtype)
+        _evaluate_task(
+            model, task, problems or 512, k or 1, seed, param or [], place, as_json=as_json
+        )
         return
     single = {"--task": task, "--problems": problems, "--k": k, "--seed": seed, "--param": param}
     for option, value in single.items():
         if value is not None:
             raise InputError(option, "is what the suite says; leave it out beside --suite.")
-    _evaluate_suite(model, suite, output, quiet=quiet, as_json=as_json)
+    place = find_place(device, dtype)
+    _evaluate_suite(model, suite, output, place, quiet=quiet, as_json=as_json)
 
 
 def _evaluate_task(
@@ -75,11 +92,13 @@ def _evaluate_task(
     k: int,
     seed: int | None,
     param: list[str],
+    place: Place,
     *,
     as_json: bool,
 ) -> None:
     from capo.core.tables import laid_over
     from capo.lab.config import EvalSection
+    from capo.lab.devices import sampled_on
     from capo.lab.evaluate import evaluate as measure
     from capo.lab.ingredients import load_configured_task
     from capo.lab.run import quiet_libraries
@@ -99,21 +118,25 @@ def _evaluate_task(
         held_out = graded.eval_problems(problems, seed)
     except InputError as error:
         raise InputError("--problems", error.message) from None
-    result = measure(load_policy(model), graded, held_out, seed=seed, k=k)
+    policy = load_policy(model, device=place.device, dtype=place.dtype)
+    result = measure(policy, graded, held_out, seed=seed, k=k)
+    sampled = sampled_on(policy)
     if as_json:
-        typer.echo(json.dumps({"model": model, "task": name, "seed": seed, **result.to_dict()}))
+        about = {"model": model, "task": name, "seed": seed, **sampled}
+        typer.echo(json.dumps({**about, **result.to_dict()}))
         return
     low, high = result.interval
     typer.echo(
         f"sampled accuracy {result.accuracy:.3f} ± {result.stderr:.3f} "
         f"(95% interval {low:.3f} to {high:.3f}), pass@{k} {result.pass_at_k:.3f}, "
-        f"on {problems} held-out problems of {name!r}"
+        f"on {problems} held-out problems of {name!r} ({sampled['device']}, {sampled['dtype']})"
     )
 
 
 def _evaluate_suite(
-    model: str, suite: str, output: Path | None, *, quiet: bool, as_json: bool
+    model: str, suite: str, output: Path | None, place: Place, *, quiet: bool, as_json: bool
 ) -> None:
+    from capo.lab.devices import sampled_on
     from capo.lab.run import quiet_libraries
     from capo.lab.suite_report import HEAD, document_of, rows_of, write_report
     from capo.lab.suite_run import run_suite
@@ -127,13 +150,15 @@ def _evaluate_suite(
     directory, _ = _policy_of(model)
     entries = load_suite(suite)  # before the model: data that is missing is news at once
     silent = quiet or as_json
+    policy = load_policy(directory, device=place.device, dtype=place.dtype)
     outcomes = run_suite(
-        load_policy(directory), entries, lambda text: None if silent else typer.echo(text, err=True)
+        policy, entries, lambda text: None if silent else typer.echo(text, err=True)
     )
+    sampled = sampled_on(policy)
     if output is not None:
-        write_report(output, model, suite, outcomes)
+        write_report(output, model, suite, outcomes, sampled)
     if as_json:
-        typer.echo(json.dumps(document_of(model, suite, outcomes)))
+        typer.echo(json.dumps(document_of(model, suite, outcomes, sampled)))
         return
     from rich.box import SIMPLE
     from rich.console import Console
@@ -143,6 +168,7 @@ def _evaluate_suite(
     for row in rows_of(outcomes):
         table.add_row(*row)
     Console().print(table)
+    typer.echo(f"sampled on {sampled['device']} in {sampled['dtype']}")
     if output is not None:
         typer.echo(f"report: {output / 'report.md'}")
 

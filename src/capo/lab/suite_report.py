@@ -14,12 +14,15 @@ from capo.lab.suite_run import Figure, Outcome, mean_pass_at_1
 HEAD = ("task", "problems", "k", "T", "pass@1", "pass@k", "majority@k")
 
 
-def document_of(model: str, suite: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """The outcome as one JSON object."""
+def document_of(
+    model: str, suite: str, outcomes: Sequence[Outcome], sampled: dict[str, str]
+) -> dict[str, Any]:
+    """The outcome as one JSON object; ``sampled`` is from `capo.lab.devices.sampled_on`."""
     mean, stderr = mean_pass_at_1(outcomes)
     return {
         "model": model,
         "suite": suite,
+        **sampled,
         "tasks": [outcome.to_dict() for outcome in outcomes],
         "mean_pass_at_1": {"mean": mean, "stderr": stderr},
         "provenance": collect_provenance(),
@@ -42,13 +45,14 @@ def rows_of(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
     ]
 
 
-def markdown(model: str, suite: str, outcomes: Sequence[Outcome]) -> str:
+def markdown(model: str, suite: str, outcomes: Sequence[Outcome], sampled: dict[str, str]) -> str:
     """The outcome as a page."""
     mean, stderr = mean_pass_at_1(outcomes)
     lines = [
         f"# Evaluation of `{model}` on suite `{suite}`",
         "",
-        f"Mean pass@1 over {len(outcomes)} task(s): **{mean:.3f}** ± {stderr:.3f} (standard error).",
+        f"Mean pass@1 over {len(outcomes)} task(s): **{mean:.3f}** ± {stderr:.3f} (standard error). "
+        f"Sampled on `{sampled['device']}` in {sampled['dtype']}.",
         "",
         "| " + " | ".join(HEAD) + " |",
         "|---" + "|---:" * (len(HEAD) - 1) + "|",
@@ -68,12 +72,14 @@ def markdown(model: str, suite: str, outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_report(directory: Path, model: str, suite: str, outcomes: Sequence[Outcome]) -> None:
+def write_report(
+    directory: Path, model: str, suite: str, outcomes: Sequence[Outcome], sampled: dict[str, str]
+) -> None:
     """``evaluation.json`` and ``report.md``; existing files of those names are replaced."""
     directory.mkdir(parents=True, exist_ok=True)
-    document = document_of(model, suite, outcomes)
+    document = document_of(model, suite, outcomes, sampled)
     write_text(directory / "evaluation.json", json.dumps(document, indent=2) + "\n")
-    write_text(directory / "report.md", markdown(model, suite, outcomes))
+    write_text(directory / "report.md", markdown(model, suite, outcomes, sampled))
 
 
 def _cell(figure: Figure) -> str:

@@ -32,12 +32,18 @@ class Policy:
     source: str
 
 
-def load_policy(source: str | Path, *, dtype: torch.dtype = torch.float32) -> Policy:
-    """Load a fresh copy of a policy onto the CPU, without touching the network.
+def load_policy(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Policy:
+    """Load a fresh copy of a policy, without touching the network.
 
     Args:
         source: ``"embedded:sums"`` or a Hugging Face model directory with its tokenizer.
-        dtype: of the weights.
+        dtype: of the weights; None: as they were saved.
+        device: where the weights go.
 
     Raises:
         InputError: the directory is missing or is not a model's, there is no tokenizer, or the
@@ -51,6 +57,7 @@ def load_policy(source: str | Path, *, dtype: torch.dtype = torch.float32) -> Po
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.eval()
+    model.to(device)
     return Policy(model=model, tokenizer=tokenizer, source=str(source))
 
 
@@ -104,11 +111,13 @@ def _tokenizer_class(directory: Path) -> Any:
     return PreTrainedTokenizerFast if generic else AutoTokenizer
 
 
-def _load_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _load_model(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+        return AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype or "auto", local_files_only=True
+        )
     except Exception as error:
         raise InputError(
             "policy.path", f"the model in '{directory}' cannot be loaded: {_brief(error)}"
