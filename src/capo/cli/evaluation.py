@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -53,6 +54,10 @@ def evaluate(
     param: Annotated[
         list[str] | None, typer.Option(help="A parameter of the task, KEY=VALUE.")
     ] = None,
+    max_completion_tokens: Annotated[
+        int | None,
+        typer.Option(help="Of a completion [default: the run's, or the task's].", min=1),
+    ] = None,
     device: Annotated[
         str, typer.Option(help="auto (an accelerator where there is one), cpu, cuda, cuda:1.")
     ] = "auto",
@@ -72,12 +77,11 @@ def evaluate(
     if suite is None:
         if output is not None:
             raise InputError("--output", "is for the report of a --suite; give that as well.")
-        place = find_place(device, dtype)
-        _evaluate_task(
-            model, task, problems or 512, k or 1, seed, param or [], place, as_json=as_json
-        )
+        asked = _Asked(task, problems or 512, k or 1, seed, param or [], max_completion_tokens)
+        _evaluate_task(model, asked, find_place(device, dtype), as_json=as_json)
         return
     single = {"--task": task, "--problems": problems, "--k": k, "--seed": seed, "--param": param}
+    single["--max-completion-tokens"] = max_completion_tokens
     for option, value in single.items():
         if value is not None:
             raise InputError(option, "is what the suite says; leave it out beside --suite.")
@@ -85,17 +89,28 @@ def evaluate(
     _evaluate_suite(model, suite, output, place, quiet=quiet, as_json=as_json)
 
 
-def _evaluate_task(
-    model: str,
-    task: str | None,
-    problems: int,
-    k: int,
-    seed: int | None,
-    param: list[str],
-    place: Place,
-    *,
-    as_json: bool,
-) -> None:
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked about one task; None: as the run has it, or the task."""
+
+    task: str | None
+    problems: int
+    k: int
+    seed: int | None
+    param: list[str]
+    max_completion_tokens: int | None
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A policy to load, what it was trained on, and the tokens that a completion could take then."""
+
+    directory: str
+    task: TaskSection
+    max_completion_tokens: int | None = None
+
+
+def _evaluate_task(model: str, asked: _Asked, place: Place, *, as_json: bool) -> None:
     from capo.core.tables import laid_over
     from capo.lab.config import EvalSection
     from capo.lab.devices import sampled_on
@@ -107,29 +122,34 @@ def _evaluate_task(
     quiet_libraries()
     from capo.policies import load_policy
 
-    model, section = _policy_of(model)
-    name = task or section.name
-    params = dict(section.params) if name == section.name else {}
-    for each in param:
-        params = laid_over(params, parse_override(f"params.{each}")["params"])
-    graded = load_configured_task(name, params)
-    seed = EvalSection().seed if seed is None else seed
+    trained = _policy_of(model)
+    name = asked.task or trained.task.name
+    own = name == trained.task.name
+    given: dict[str, Any] = {}
+    for each in asked.param:
+        given = laid_over(given, parse_override(f"params.{each}")["params"])
+    graded = load_configured_task(name, laid_over(trained.task.params, given) if own else given)
+    limit = asked.max_completion_tokens
+    if limit is None and own and "max_completion_tokens" not in given:
+        limit = trained.max_completion_tokens
+    seed = EvalSection().seed if asked.seed is None else asked.seed
     try:
-        held_out = graded.eval_problems(problems, seed)
+        held_out = graded.eval_problems(asked.problems, seed)
     except InputError as error:
         raise InputError("--problems", error.message) from None
-    policy = load_policy(model, device=place.device, dtype=place.dtype)
-    result = measure(policy, graded, held_out, seed=seed, k=k)
+    policy = load_policy(trained.directory, device=place.device, dtype=place.dtype)
+    result = measure(policy, graded, held_out, seed=seed, k=asked.k, max_completion_tokens=limit)
     sampled = sampled_on(policy)
     if as_json:
-        about = {"model": model, "task": name, "seed": seed, **sampled}
+        about = {"model": trained.directory, "task": name, "seed": seed, **sampled}
         typer.echo(json.dumps({**about, **result.to_dict()}))
         return
     low, high = result.interval
     typer.echo(
         f"sampled accuracy {result.accuracy:.3f} ± {result.stderr:.3f} "
-        f"(95% interval {low:.3f} to {high:.3f}), pass@{k} {result.pass_at_k:.3f}, "
-        f"on {problems} held-out problems of {name!r} ({sampled['device']}, {sampled['dtype']})"
+        f"(95% interval {low:.3f} to {high:.3f}), pass@{asked.k} {result.pass_at_k:.3f}, "
+        f"on {asked.problems} held-out problems of {name!r}, at most "
+        f"{result.completion_tokens_limit} tokens a completion ({sampled['device']}, {sampled['dtype']})"
     )
 
 
@@ -147,7 +167,7 @@ def _evaluate_suite(
     quiet_libraries()
     from capo.policies import load_policy
 
-    directory, _ = _policy_of(model)
+    directory = _policy_of(model).directory
     entries = load_suite(suite)  # before the model: data that is missing is news at once
     silent = quiet or as_json
     policy = load_policy(directory, device=place.device, dtype=place.dtype)
@@ -173,8 +193,8 @@ def _evaluate_suite(
         typer.echo(f"report: {output / 'report.md'}")
 
 
-def _policy_of(model: str) -> tuple[str, TaskSection]:
-    """What to load, and the task it was trained on: of a run, its final policy."""
+def _policy_of(model: str) -> _Trained:
+    """Of a run, its final policy."""
     from capo.lab.config import TaskSection
     from capo.lab.run import recorded_config
     from capo.lab.rundir import RunDirectory
@@ -183,10 +203,11 @@ def _policy_of(model: str) -> tuple[str, TaskSection]:
     directory = RunDirectory(Path(model))
     if not directory.exists:
         recipe = directory.read(RECIPE)  # of a policy that `capo pretrain` has made
-        return model, TaskSection(**recipe.get("config", {}).get("task", {}))
+        return _Trained(model, TaskSection(**recipe.get("config", {}).get("task", {})))
     if not directory.final.is_dir():
         raise InputError("MODEL", f"the run in {model!r} has no final policy yet.")
-    return str(directory.final), recorded_config(model).task
+    config = recorded_config(model)
+    return _Trained(str(directory.final), config.task, config.training.max_completion_tokens)
 
 
 def register(app: typer.Typer) -> None:
