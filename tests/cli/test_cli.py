@@ -199,6 +199,22 @@ def test_help_of_bench_lists_the_benches(run_capo, monkeypatch):
     assert "capo bench step --help" in out
 
 
+@pytest.mark.parametrize(
+    ("command", "default"),
+    [
+        (["eval"], "[default: 512]"),
+        (["train"], "[default: runs/CONFIG]"),
+        (["inspect"], "[default: RUN/inspect.html]"),
+        (["pretrain"], "[default: the shipped policy's recipe]"),
+        (["lab", "sweep"], "[default: one a core]"),
+    ],
+    ids=str,
+)
+def test_help_says_what_is_left_out(run_capo, monkeypatch, command, default):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert default in run_capo(*command, "--help")[1]
+
+
 @pytest.mark.parametrize("bench", BENCHES)
 def test_every_bench_shows_its_own_help(run_capo, bench):
     code, out, err = run_capo("bench", bench, "--help")

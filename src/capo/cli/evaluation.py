@@ -41,14 +41,14 @@ def evaluate(
     task: Annotated[
         str | None,
         typer.Option(
-            help="The task [default: the run's, or sums].", autocompletion=completing.tasks
+            help="The task \\[default: the run's, or sums].", autocompletion=completing.tasks
         ),
     ] = None,
     problems: Annotated[
-        int | None, typer.Option(help="Held-out problems [default: 512].", min=1)
+        int | None, typer.Option(help="Held-out problems \\[default: 512].", min=1)
     ] = None,
     k: Annotated[
-        int | None, typer.Option(help="Completions per problem, for pass@k [default: 1].", min=1)
+        int | None, typer.Option(help="Completions per problem, for pass@k \\[default: 1].", min=1)
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of problems and sampling.", min=0)] = None,
     param: Annotated[
@@ -56,7 +56,7 @@ def evaluate(
     ] = None,
     max_completion_tokens: Annotated[
         int | None,
-        typer.Option(help="Of a completion [default: the run's, or the task's].", min=1),
+        typer.Option(help="Of a completion \\[default: the run's, or the task's].", min=1),
     ] = None,
     device: Annotated[
         str, typer.Option(help="auto (an accelerator where there is one), cpu, cuda, cuda:1.")

@@ -14,19 +14,21 @@ def inspect(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The HTML file [default: RUN/inspect.html]."),
+        typer.Option("--output", "-o", help="The HTML file \\[default: RUN/inspect.html]."),
     ] = None,
     step: Annotated[int | None, typer.Option(help="The recorded step to open at.")] = None,
     limit_mb: Annotated[
         float | None,
-        typer.Option(help="Size of the file at most; steps are left out beyond it [default: 10]."),
+        typer.Option(
+            help="Size of the file at most; steps are left out beyond it \\[default: 10]."
+        ),
     ] = None,
     serve: Annotated[
         bool, typer.Option("--serve", help="Show it from this machine instead, whatever its size.")
     ] = False,
     port: Annotated[
         int | None,
-        typer.Option(help="Where to serve [default: 0, any].", min=0, max=65535),
+        typer.Option(help="Where to serve \\[default: 0, any].", min=0, max=65535),
     ] = None,
 ) -> None:
     """Show a run's completions token by token: shifts, verdicts, worst offenders, step by step."""

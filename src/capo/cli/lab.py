@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 GridFile = Annotated[Path, typer.Argument(metavar="GRID", help="A grid in TOML.")]
 Jobs = Annotated[
     int | None,
-    typer.Option(min=1, help="Processes, one thread each [default: one a core]."),
+    typer.Option(min=1, help="Processes, one thread each \\[default: one a core]."),
 ]
 Runs = Annotated[Path, typer.Option(help="Where the run directories are.")]
-Seeds = Annotated[int | None, typer.Option(help="So many seeds, 0 and up [default: the grid's].")]
+Seeds = Annotated[int | None, typer.Option(help="So many seeds, 0 and up \\[default: the grid's].")]
 Settings = Annotated[
     list[str] | None,
     typer.Option(

@@ -59,7 +59,7 @@ def pretrain(
         typer.Option(
             metavar="FILE|NAME",
             autocompletion=completing.recipes,
-            help="A TOML file, or a recipe by name [default: the shipped policy's recipe].",
+            help="A TOML file, or a recipe by name \\[default: the shipped policy's recipe].",
         ),
     ] = None,
     settings: Annotated[

@@ -40,7 +40,7 @@ def train(
     *,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The run directory [default: runs/CONFIG]."),
+        typer.Option("--output", "-o", help="The run directory \\[default: runs/CONFIG]."),
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a run that is there.")] = False,
     resume: Annotated[bool, typer.Option(help="Continue the run that is there.")] = False,
@@ -49,7 +49,7 @@ def train(
         typer.Option(
             metavar="EVERY",
             help="Record the tokens of every so many steps, for capo inspect; changes no weight "
-            "[default: 1 where tokens are judged, else none].",
+            "\\[default: 1 where tokens are judged, else none].",
         ),
     ] = None,
     monitor: Annotated[
