@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from capo.lab.study.outcome import Evaluated
-from capo.lab.sweep.execute import Mark
+from capo.lab.sweep.execute import Ended, Mark
 from capo.lab.sweep.grid import Grid
 from capo.lab.sweep.point import Cell, Point
 from capo.lab.sweep.reading import CellResult, GridResult, Run
@@ -17,8 +17,16 @@ Rows = Sequence[dict[str, Any]]
 Made = tuple[Curve, Rows]
 
 
-def invented(point: Point, accuracies: Curve, metrics: Rows = (), measured: Rows = ()) -> Run:
-    """A run with these accuracies, two steps of 96 apart."""
+def invented(
+    point: Point,
+    accuracies: Curve,
+    metrics: Rows = (),
+    measured: Rows = (),
+    *,
+    ended: Ended = "steps",
+    planned: int | None = None,
+) -> Run:
+    """A run with these accuracies, two steps of 96 apart; ``planned`` is where they end."""
     evaluations = tuple(
         Evaluated(2 * i, SPACING * i, value, 0.02) for i, value in enumerate(accuracies)
     )
@@ -26,13 +34,14 @@ def invented(point: Point, accuracies: Curve, metrics: Rows = (), measured: Rows
     provenance = {"git_commit": "0123456789abcdef", "git_dirty": False, "hardware": hardware}
     return Run(
         point=point,
-        ended="steps",
+        ended=ended,
         evaluations=evaluations,
         metrics=tuple(metrics),
         measured=tuple(measured),
-        mark=Mark(point.fingerprint(), "steps", 30.0, provenance),
+        mark=Mark(point.fingerprint(), ended, 30.0, provenance),
         completions_per_step=96,
         spacing=SPACING,
+        planned=SPACING * (len(accuracies) - 1) if planned is None else planned,
     )
 
 

@@ -25,10 +25,7 @@ Points = list[tuple[float, float]]
 
 def accuracy_points(run: Run) -> Points:
     """Completions and accuracy; a policy that diverged stays at 0."""
-    points = [(float(each.completions), each.accuracy) for each in run.evaluations]
-    if run.ended == "diverged" and points:
-        points.append((points[-1][0] + run.spacing, 0.0))
-    return points
+    return [(float(completions), accuracy) for completions, accuracy in run.curve]
 
 
 def metric_points(key: str) -> Callable[[Run], Points]:

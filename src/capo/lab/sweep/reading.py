@@ -31,6 +31,7 @@ class Run:
         mark: seconds and provenance.
         completions_per_step: the batch.
         spacing: completions between evaluations.
+        planned: completions of the whole run.
     """
 
     point: Point
@@ -41,6 +42,7 @@ class Run:
     mark: Mark
     completions_per_step: int
     spacing: int
+    planned: int
 
     @property
     def base_accuracy(self) -> float:
@@ -58,11 +60,18 @@ class Run:
         return max(each.accuracy for each in self.evaluations)
 
     @property
-    def mean_accuracy(self) -> float:
-        """Over training: the area under the curve over its length; 0 from where it diverged."""
+    def curve(self) -> list[tuple[int, float]]:
+        """Completions and accuracy; 0 from where it diverged to where it was to end."""
         points = [(each.completions, each.accuracy) for each in self.evaluations]
-        if self.ended == "diverged":
-            points.append((points[-1][0] + self.spacing, 0.0))
+        if self.ended == "diverged" and points:
+            fell = min(points[-1][0] + self.spacing, self.planned)
+            points += [(at, 0.0) for at in dict.fromkeys((fell, self.planned))]
+        return points
+
+    @property
+    def mean_accuracy(self) -> float:
+        """Over training: the area under the curve over its length."""
+        points = self.curve
         length = points[-1][0] - points[0][0]
         if not length:
             return points[-1][1]
@@ -203,6 +212,7 @@ def read_run(point: Point, runs: Path) -> Run | None:
         mark=mark,
         completions_per_step=config.training.completions_per_step,
         spacing=every,
+        planned=config.completions_after(config.steps),
     )
 
 
