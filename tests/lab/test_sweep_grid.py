@@ -210,6 +210,14 @@ def test_a_variant_may_have_seeds_of_its_own():
         parse_grid(CONDITIONS.replace('name = "grpo"', 'name = "grpo"\nseeds = [100]'))
 
 
+def test_fewer_or_more_seeds_are_none_of_a_searchs():
+    grid = parse_grid(CONDITIONS.replace("[100, 101]", "[2, 101]"))
+    assert grid.with_seeds(2).seeds == [0, 1]
+    with pytest.raises(InputError, match=r"with 3, variants\.best\.search\.seeds must be") as error:
+        grid.with_seeds(3)
+    assert error.value.field == "--seeds"
+
+
 def test_searches_come_first_and_what_they_decide_about_waits():
     grid = parse_grid(CONDITIONS)
     candidates = grid.candidates()
@@ -243,6 +251,10 @@ def test_searches_come_first_and_what_they_decide_about_waits():
     [
         ("[100, 101]", "[1, 100]", "variants.best.search.seeds"),
         ("search_seeds = [100]", "search_seeds = [0]", "variants.best.search.seeds"),
+        ("[100, 101]", "[100, 100]", "variants.best.search.seeds"),
+        ("search_seeds = [100]", "search_seeds = [7, 7]", "conditions.short.search_seeds"),
+        ("seeds = [0]", "seeds = [3, 3]", "conditions.short.seeds"),
+        ('name = "grpo"', 'name = "grpo"\nseeds = [7, 7]', "variants.grpo.seeds"),
         ("[1e-4, 5e-4]", "[]", "variants.best.search.among.axes.training.learning_rate"),
         ('name = "short"', 'name = "sums"', "conditions"),
         ('recipe = "aiw"', 'recipe = "aiww"', "conditions.short.recipe"),

@@ -160,8 +160,7 @@ class Grid(Section):
 
     @model_validator(mode="after")
     def _usable(self) -> Self:
-        if len(set(self.seeds)) < len(self.seeds):
-            raise InputError("seeds", "must not repeat.")
+        self._check_seeds()
         for field, each in (("variants", self.variants), ("conditions", self.conditions)):
             names = [one.name for one in each]
             for name in names:
@@ -171,35 +170,56 @@ class Grid(Section):
         for variant in self.variants:
             _check_axes(f"variants.{variant.name}.axes", variant.axes)
             if variant.search is not None:
-                self._check_search(variant.name, variant.search)
+                for among in variant.search.among:
+                    _check_axes(f"variants.{variant.name}.search.among.axes", among.axes)
         return self
 
-    def _check_search(self, name: str, search: Search) -> None:
-        field = f"variants.{name}.search"
-        others = [
-            *(each.seeds for each in self.conditions),
-            *(each.seeds for each in self.variants),
-        ]
-        own = {*self.seeds, *(seed for seeds in others for seed in seeds or [])}
-        searched = {seed for each in self.conditions for seed in each.search_seeds or []}
-        if own & {*search.seeds, *searched}:
-            raise InputError(f"{field}.seeds", "must be none of those that judge what is found.")
-        for each in search.among:
-            _check_axes(f"{field}.among.axes", each.axes)
+    def _check_seeds(self) -> None:
+        """None repeats, and what a search has found is judged with others than its own."""
+        judging = {
+            "seeds": self.seeds,
+            **{f"conditions.{each.name}.seeds": each.seeds for each in self.conditions},
+            **{f"variants.{each.name}.seeds": each.seeds for each in self.variants},
+        }
+        searches = {
+            f"variants.{each.name}.search.seeds": each.search.seeds
+            for each in self.variants
+            if each.search is not None
+        }
+        of_conditions = {
+            f"conditions.{each.name}.search_seeds": each.search_seeds for each in self.conditions
+        }
+        for field, seeds in (judging | searches | of_conditions).items():
+            if len(set(seeds or [])) < len(seeds or []):
+                raise InputError(field, "must not repeat.")
+        own = {seed for seeds in judging.values() for seed in seeds or []}
+        searched = {seed for seeds in of_conditions.values() for seed in seeds or []}
+        for field, seeds in searches.items():
+            if own & {*seeds, *searched}:
+                raise InputError(field, "must be none of those that judge what is found.")
 
     def with_seeds(self, number: int | None) -> Grid:
         """The same with so many seeds, 0 and up; None: its own.
 
         A condition or variant that has seeds of its own keeps so many of them; those of searches stay.
+
+        Raises:
+            InputError: a search has one of these seeds.
         """
         if number is None:
             return self
         conditions = [_with_fewer_seeds(each, number) for each in self.conditions]
         variants = [_with_fewer_seeds(each, number) for each in self.variants]
         seeds = list(range(number))
-        return self.model_copy(
+        grid = self.model_copy(
             update={"seeds": seeds, "conditions": conditions, "variants": variants}
         )
+        try:
+            grid._check_seeds()  # a copy is not validated
+        except InputError as error:
+            message = f"with {number}, {error.field} {error.message}"
+            raise InputError("--seeds", message) from None
+        return grid
 
     def with_settings(self, settings: Sequence[str]) -> Grid:
         """The same with ``section.key=value`` laid over every point, after all else.
