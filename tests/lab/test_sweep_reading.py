@@ -10,6 +10,8 @@ from capo.lab.sweep.curves import curve_table
 from capo.lab.sweep.grid import parse_grid
 from capo.lab.sweep.point import Point
 from capo.lab.sweep.reading import CellResult, Run, searched_mean
+from capo.lab.sweep.table import completions_to_target, row_of
+from capo.lab.sweep.table import shown as in_words
 
 CELL = next(parse_grid(GRID).cells())
 TEN = 10 * SPACING  # completions: ten evaluations after the base policy's
@@ -44,3 +46,36 @@ def test_the_fall_is_no_later_than_the_end(accuracies, planned, mean):
     run = diverged(*accuracies, planned=planned)
     assert run.mean_accuracy == pytest.approx(mean)
     assert run.curve[-1] == (planned, 0.0)
+
+
+def gets_there(at: int | None, planned: int = TEN) -> Run:
+    """At the target of 0.75 after so many completions, or never."""
+    last = planned // SPACING
+    first = last if at is None else at // SPACING - 2
+    return invented(
+        Point(CELL, 0), [0.45 if i < first else 0.75 for i in range(last + 1)], planned=planned
+    )
+
+
+@pytest.mark.parametrize(
+    ("at", "shown"),
+    [
+        ((3, 9), "1,152"),
+        ((3, 4, 9), "768"),
+        ((3, 4, None), "768"),
+        ((3, 9, None, None), "> 1,824"),  # half of them: (9 + 10) / 2 spacings at least
+        ((3, None), "> 1,248"),
+        ((None, None, 9), "> 1,920"),
+        ((None, None), "> 1,920"),
+    ],
+)
+def test_completions_to_the_target_are_the_median_over_all_seeds(at, shown):
+    runs = tuple(gets_there(None if each is None else each * SPACING) for each in at)
+    row = row_of(CellResult(CELL, runs, len(runs)), "", 0.75)
+    assert row["reached"] == sum(each is not None for each in at)
+    assert type(row["completions_to_target"]["value"]) is int
+    assert in_words(row, 0.75)["completions to 0.75"] == shown
+
+
+def test_a_diverged_run_would_not_have_got_there():
+    assert completions_to_target(diverged(0.45, 0.6), 0.75).low == TEN

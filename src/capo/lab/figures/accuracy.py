@@ -12,11 +12,18 @@ import pandas as pd
 from capo.lab.figures.bands import MOST_ROWS
 from capo.lab.figures.figure import Drawn
 from capo.lab.report.charts import MAIN, Figure
-from capo.lab.study.statistics import Value, exactly, ratio_of_medians
+from capo.lab.study.statistics import ratio_of_medians
 from capo.lab.sweep.curves import curve_figure, metric_points, split_figures
 from capo.lab.sweep.intervals import interval
 from capo.lab.sweep.reading import CellResult, GridResult, Run, labels
-from capo.lab.sweep.table import REJECTION, final_accuracy, rejections, shown, table_of
+from capo.lab.sweep.table import (
+    REJECTION,
+    completions_to_target,
+    final_accuracy,
+    rejections,
+    shown,
+    table_of,
+)
 
 CONSERVATIVE, AGGRESSIVE = "grpo-conservative", ("grpo", "dr-grpo", "reinforce")
 MOST_CURVES = 24  # cells: of more, nobody reads the curves; `capo lab report` draws them all
@@ -68,7 +75,9 @@ def efficiency(slow: CellResult, fast: CellResult, target: float) -> dict[str, A
     """How many times fewer completions ``fast`` takes; None where one of them has no run."""
     if not slow.runs or not fast.runs:
         return None
-    ratio = ratio_of_medians(*([to_target(r, target) for r in each.runs] for each in (slow, fast)))
+    ratio = ratio_of_medians(
+        *([completions_to_target(r, target) for r in each.runs] for each in (slow, fast))
+    )
     return {
         "low": _finite(ratio.value.low),
         "high": _finite(ratio.value.high),
@@ -79,12 +88,6 @@ def efficiency(slow: CellResult, fast: CellResult, target: float) -> dict[str, A
 
 def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
-
-
-def to_target(run: Run, target: float) -> Value:
-    """Completions to the target; more than the run had where it did not get there."""
-    at = run.to_target(target)
-    return Value(run.evaluations[-1].completions, math.inf) if at is None else exactly(at)
 
 
 def fig5(result: GridResult) -> Drawn:

@@ -9,14 +9,13 @@ from typing import Any
 
 import pandas as pd
 
-from capo.lab.figures.accuracy import to_target
 from capo.lab.figures.bands import final_accuracy_bands
 from capo.lab.figures.figure import Drawn
 from capo.lab.report.charts import Figure
 from capo.lab.study.statistics import Estimate, median_estimate, ratio_of_medians
 from capo.lab.sweep.intervals import Interval
 from capo.lab.sweep.reading import CellResult, GridResult, searched_mean
-from capo.lab.sweep.table import final_accuracy, table_of
+from capo.lab.sweep.table import completions_to_target, final_accuracy, table_of
 
 ROW = 48  # CSS pixels of the figure for a condition
 OWN, BEST = "trust-region", "grpo-best"
@@ -79,7 +78,9 @@ def _row(result: GridResult, group: Sequence[CellResult]) -> dict[str, Any] | No
     there = {each.cell.variant: each for each in group if any(r.evaluations for r in each.runs)}
     ratio = None
     if OWN in there and BEST in there:
-        slow, fast = ([to_target(r, target) for r in there[arm].runs] for arm in (BEST, OWN))
+        slow, fast = (
+            [completions_to_target(r, target) for r in there[arm].runs] for arm in (BEST, OWN)
+        )
         found = ratio_of_medians(slow, fast)
         if found.value.low > 0 or math.isfinite(found.value.high):  # else neither gets there
             ratio = _estimated(found, ".2f")
@@ -99,7 +100,9 @@ def _arm(result: CellResult, target: float) -> dict[str, Any]:
     return {
         "final": final_accuracy(runs).as_dict(),
         "finals": [run.final_accuracy for run in runs],
-        "completions": _estimated(median_estimate([to_target(run, target) for run in runs])),
+        "completions": _estimated(
+            median_estimate([completions_to_target(run, target) for run in runs])
+        ),
         "collapsed": sum(run.collapsed for run in runs),
         "seeds": len(runs),
     }

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from capo.lab.study.statistics import Value, exactly, median_of
 from capo.lab.sweep.intervals import Interval, interval
 from capo.lab.sweep.reading import CellResult, GridResult, Run, labels
 
@@ -31,8 +32,7 @@ def row_of(result: CellResult, label: str, target: float | None) -> dict[str, An
     trained = [run for run in runs if run.evaluations]
     if not trained or target is None:
         return row
-    to_target = [run.to_target(target) for run in trained]
-    reached = [completions for completions in to_target if completions is not None]
+    to_target = [completions_to_target(run, target) for run in trained]
     row |= {
         "base_accuracy": fmean(run.base_accuracy for run in trained),
         "final_accuracy": final_accuracy(trained).as_dict(),
@@ -41,8 +41,8 @@ def row_of(result: CellResult, label: str, target: float | None) -> dict[str, An
         "collapsed": sum(run.collapsed for run in trained),
         "diverged": sum(run.ended == "diverged" for run in trained),
         "target": target,
-        "reached": len(reached),
-        "completions_to_target": _median_or_more(to_target, trained),
+        "reached": sum(value.exact for value in to_target),
+        "completions_to_target": _median(to_target),
         "rejection_mean": _mean([rejections(run) for run in trained], fmean),
         "rejection_peak": _mean([rejections(run) for run in trained], max),
         "seconds": fmean(run.mark.seconds for run in trained),
@@ -65,14 +65,23 @@ def _mean(series: list[list[float]], of: Any) -> float | None:
     return fmean(found) if found else None
 
 
-def _median_or_more(to_target: Sequence[int | None], runs: Sequence[Run]) -> dict[str, Any] | None:
-    """The median, a lower bound where half of the runs or more did not get there."""
-    values = sorted(
-        (math.inf if at is None else at, run.evaluations[-1].completions)
-        for at, run in zip(to_target, runs, strict=True)
+def completions_to_target(run: Run, target: float) -> Value:
+    """Completions to the target; more than the run had where it did not get there.
+
+    One that diverged would not have got there with all of its planned ones either.
+    """
+    at = run.to_target(target)
+    if at is not None:
+        return exactly(at)
+    return Value(
+        run.planned if run.ended == "diverged" else run.evaluations[-1].completions, math.inf
     )
-    at, consumed = values[(len(values) - 1) // 2]
-    return {"value": consumed if math.isinf(at) else at, "bound": math.isinf(at)}
+
+
+def _median(to_target: Sequence[Value]) -> dict[str, Any]:
+    """The median, a lower bound where runs that did not get there leave it open."""
+    found = median_of(to_target)
+    return {"value": int(found.low), "bound": not found.exact}
 
 
 def table_of(result: GridResult) -> list[dict[str, Any]]:
