@@ -163,6 +163,27 @@ def test_thresholds_need_two_decades():
     ).verdict == ("holds in part")
 
 
+@pytest.mark.parametrize(
+    ("safe", "word", "shown"),
+    [
+        (("1e-6", "1e-3"), "holds in part", "1e-06 to 1e-06, 0.001 to 0.001"),
+        (("1e-6", "1e-5", "1e-3", "1e-2"), "holds in part", "1e-06 to 1e-05, 0.001 to 0.01"),
+        (("1e-6", "1e-4", "1e-3", "1e-2"), "holds", "1e-06 to 1e-06, 0.0001 to 0.01"),
+        ((), "does not hold", "none"),
+    ],
+)
+def test_thresholds_over_two_decades_are_neighbours(safe, word, shown):
+    def of(cell, seed):
+        optimizer, _, tail = cell.variant.partition("-")
+        curve = LEARNS if optimizer == "sgd" and tail in safe else FALLS
+        return invented(Point(cell, seed), curve)
+
+    _, _, _, numbers = drawn("thresholds", of)
+    found = verdict("thresholds", numbers, "Thresholds need no fine tuning, base optimizer SGD")
+    assert found.verdict == word
+    assert f"learns at δ_F {shown}, best" in found.numbers
+
+
 def test_the_map_says_where_masks_rescue():
     def of(cell, seed):
         optimizer, condition, masks = cell.variant.split("-")
@@ -182,6 +203,23 @@ def test_the_map_says_where_masks_rescue():
     momentum = verdict("map", numbers, "Token masks rescue collapsing runs, base optimizer SGD")
     assert momentum.verdict == "holds in part"
     assert momentum.numbers.startswith("14 of 24")
+
+
+def test_the_map_counts_collapses_over_the_seeds_that_both_have():
+    def of(cell, seed):
+        masks = cell.variant.endswith("-masks")
+        if masks and seed:  # only the first seed is there with masks
+            return None
+        return invented(Point(cell, seed), LEARNS if masks or not seed else FALLS)
+
+    _, _, _, numbers = drawn("map", of, seeds=3)
+    rows = numbers.numbers["map"]
+    assert {(row["plain_collapsed"], row["masked_collapsed"], row["runs"]) for row in rows} == {
+        (0, 0, 1)
+    }
+    assert not any(row["rescued"] for row in rows)
+    found = verdict("map", numbers, "Token masks rescue collapsing runs, base optimizer Adam")
+    assert "nothing collapses" in found.numbers
 
 
 def test_proxies_and_rivals_compare_intervals():
@@ -326,6 +364,29 @@ def test_tasks_compare_everywhere_with_a_target_of_their_own():
     numbers = figure.draw(results(figure.grid(2, []), runs))  # no search is over
     assert "grpo-best" not in numbers.numbers["tasks"][0]["arms"]
     assert verdict("tasks", numbers, "(ours) The same defaults take").verdict == "not measured"
+
+
+def test_tasks_on_which_nobody_gets_to_the_target_are_named():
+    figure = figure_named("tasks")
+    grid = figure.grid(2, [])
+    chosen = {name: cells[0].at for name, cells in grid.candidates().items()}
+    grid = grid.model_copy(update={"choices": chosen})
+    fast = [0.4, 0.75, 0.75, 0.75, 0.9, 0.9]
+
+    def of(stuck):
+        def make(cell, seed):
+            return invented(Point(cell, seed), STAYS if cell.condition in stuck else fast)
+
+        return make
+
+    conditions = {cell.condition: cell.where for cell in grid.cells()}
+    start = "(ours) The same defaults take"
+    found = verdict("tasks", figure.draw(results(grid, of({"aiw"}))), start)
+    assert found.verdict == "holds in part"
+    assert found.numbers.endswith(f"undecided, as neither gets there: {conditions['aiw']}")
+    found = verdict("tasks", figure.draw(results(grid, of(conditions))), start)
+    assert found.verdict == "not measured"
+    assert all(label in found.numbers for label in conditions.values())
 
 
 def test_a_claim_without_its_runs_is_not_measured(tmp_path):

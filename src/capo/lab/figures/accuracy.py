@@ -211,21 +211,21 @@ def mapped(result: GridResult) -> Drawn:
             continue
         rate = each.cell.at["training.learning_rate"]
         plain = result.of(f"{optimizer}-{condition}-none", learning_rate=rate)
-        if not plain.runs:
+        pairs = by_seed(each, plain)
+        if not pairs:
             continue
-        gain = [m.final_accuracy - p.final_accuracy for m, p in by_seed(each, plain)]
-        if not gain:
-            continue
+        masked_fell = sum(m.collapsed for m, _ in pairs)
+        plain_fell = sum(p.collapsed for _, p in pairs)
         rows.append(
             {
                 "optimizer": optimizer,
                 "condition": condition,
                 "learning_rate": rate,
-                "plain_collapsed": sum(run.collapsed for run in plain.runs),
-                "masked_collapsed": sum(run.collapsed for run in each.runs),
-                "runs": len(gain),
-                "gain": interval(gain).as_dict(),
-                "rescued": _rescued(each, plain),
+                "plain_collapsed": plain_fell,
+                "masked_collapsed": masked_fell,
+                "runs": len(pairs),
+                "gain": interval([m.final_accuracy - p.final_accuracy for m, p in pairs]).as_dict(),
+                "rescued": 2 * plain_fell > len(pairs) and not masked_fell,
             }
         )
     drawn.numbers["map"] = rows
@@ -252,11 +252,6 @@ def by_seed(a: CellResult, b: CellResult) -> list[tuple[Run, Run]]:
     """The runs of both cells that have a seed in common, in pairs."""
     other = {run.point.seed: run for run in b.runs}
     return [(run, other[run.point.seed]) for run in a.runs if run.point.seed in other]
-
-
-def _rescued(masked: CellResult, plain: CellResult) -> bool:
-    fallen = sum(run.collapsed for run in plain.runs)
-    return 2 * fallen > len(plain.runs) and not any(run.collapsed for run in masked.runs)
 
 
 def final_figures(cells: Sequence[CellResult]) -> list[Figure]:
