@@ -425,6 +425,60 @@ def test_write_up_and_verdicts_page(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "verdicts.json").read_text())[0]["verdict"] == "holds"
 
 
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("seeds", "settings", "there", "field", "message"),
+    [
+        (2, [], [], "--runs", "no run of fig3 is over"),
+        (
+            2,
+            ["training.steps=5"],
+            [0, 1],
+            "--output",
+            "was made with no --set; give another folder",
+        ),
+        (1, [], [0], "--output", "was made of 8 runs, here are 4; give another folder"),
+        (2, [], [1], "--output", "was made of 8 runs, here are 4; give another folder"),
+    ],
+)
+def test_a_record_is_not_replaced_by_less(
+    tmp_path, monkeypatch, seeds, settings, there, field, message
+):
+    figure = figure_named("fig3")
+    folder = tmp_path / "fig3"
+
+    def write(seeds, settings, there):
+        grid = figure.grid(seeds, settings)
+        found = results(
+            grid, lambda cell, seed: invented(Point(cell, seed), LEARNS) if seed in there else None
+        )
+        monkeypatch.setattr("capo.lab.figures.reproduce.read_grid", lambda grid, runs: found)
+        write_up(figure, grid, tmp_path, folder, {}, 1.0)
+
+    write(2, [], [0, 1])
+    before = contents(folder)
+    with pytest.raises(InputError, match=message) as error:
+        write(seeds, settings, there)
+    assert error.value.field == field
+    assert contents(folder) == before
+    (folder / "of-an-older-figure.svg").write_text("<svg/>")
+    (folder / "runs.tar.xz").write_text("kept")
+    write(3, [], [0, 1])  # of as many runs
+    assert set(contents(folder)) == {*before, "runs.tar.xz"}
+    assert json.loads((folder / RECORD).read_text())["wanted"] == 12
+
+
+def test_a_first_write_up_may_be_of_failures_alone(tmp_path):
+    figure = figure_named("fig3")
+    folder = write_up(
+        figure, figure.grid(1, []), tmp_path, tmp_path / "fig3", {"x": "OSError: disk"}, 1.0
+    )
+    assert "OSError: disk" in (folder / "README.md").read_text()
+
+
 def test_curves_hold_the_last_value_of_a_run_that_is_over():
     figure = figure_named("fig3")
     result = results(

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from capo.core.errors import InputError
 from capo.lab.figures.figure import Drawn, FigureOf
 from capo.lab.provenance import collect_provenance
 from capo.lab.rundir import write_text
@@ -35,27 +36,57 @@ def write_up(
         figure: which.
         grid: its grid as it was run.
         runs: the folder of all run directories.
-        output: its folder, made anew where something of an older one is there.
+        output: its folder; what an older write-up of no more runs has left there is replaced.
         failed: points that failed, with their messages.
         wall_seconds: that making what was missing took, this time; added to what an earlier call of the
             same command has recorded.
 
     Returns:
         the folder.
+
+    Raises:
+        InputError: there is no run, or see `check_replaceable`; nothing has been written then.
     """
     result = read_grid(grid, runs)
+    if not result.runs and not failed:
+        raise InputError("--runs", f"no run of {figure.name} is over in {str(runs)!r}.")
+    check_replaceable(output, grid, len(result.runs))
     drawn = figure.draw(result)
     output.mkdir(parents=True, exist_ok=True)
-    for stale in (*output.glob("*.svg"), *output.glob("*.png"), *output.glob("*.csv")):
-        stale.unlink()
     write_text(output / "runs.csv", csv_text(run_rows(result)))
-    saved = save_figures(drawn.figures, output)
-    drawn.figures = saved
-    before = _record_before(output, command_of(figure, grid))
-    record = record_of(figure, grid, result, drawn, failed, before + wall_seconds)
+    drawn.figures = save_figures(drawn.figures, output)
+    _remove_others(output, drawn)
+    before = _record_before(output)
+    same = before.get("command") == command_of(figure, grid)
+    wall = float(before["wall_seconds"]) if same else 0.0
+    record = record_of(figure, grid, result, drawn, failed, wall + wall_seconds)
     write_text(output / RECORD, json.dumps(record, indent=1) + "\n")
     write_text(output / "README.md", readme(figure, record, drawn))
     return output
+
+
+def check_replaceable(output: Path, grid: Grid, runs: int | None = None) -> None:
+    """Refuse to write over a record that says more, or something else.
+
+    Args:
+        output: the folder of a figure.
+        grid: as it is to be written up.
+        runs: that there are; None: not known yet.
+
+    Raises:
+        InputError: the record in the folder was made with other settings, or of more runs.
+    """
+    before = _record_before(output)
+    if not before:
+        return
+    there, another = f"the record in {str(output)!r} was made", "give another folder."
+    if before["overrides"] != grid.overrides:
+        settings = " ".join(f"--set {each}" for each in before["overrides"]) or "no --set"
+        raise InputError("--output", f"{there} with {settings}; {another}")
+    if runs is not None and runs < before["runs"]:
+        raise InputError(
+            "--output", f"{there} of {before['runs']} runs, here are {runs}; {another}"
+        )
 
 
 def record_of(
@@ -96,13 +127,25 @@ def _machines(made: Sequence[dict[str, Any]]) -> dict[str, int]:
     return dict(Counter(named).most_common())
 
 
-def _record_before(output: Path, command: str) -> float:
-    """Wall seconds that earlier calls of the same command took."""
+def _record_before(output: Path) -> dict[str, Any]:
+    """What an earlier call has recorded; ``{}`` where none has."""
     path = output / RECORD
     if not path.is_file():
-        return 0.0
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return float(record["wall_seconds"]) if record.get("command") == command else 0.0
+        return {}
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError("--output", f"{str(path)!r} is not valid JSON: {error}.") from None
+    return record
+
+
+def _remove_others(output: Path, drawn: Drawn) -> None:
+    """What earlier figures have left behind, once these are written."""
+    kinds = (".svg", ".png", ".csv")
+    written = {"runs.csv", *(each.slug + kind for each in drawn.figures for kind in kinds)}
+    for path in output.iterdir():
+        if path.suffix in kinds and path.name not in written:
+            path.unlink()
 
 
 def command_of(figure: FigureOf, grid: Grid) -> str:
