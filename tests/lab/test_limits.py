@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,15 @@ from capo.lab.run import check_resumable, train
 from capo.lab.rundir import OUT_OF_TIME, RunDirectory
 from capo.lab.sources import load_config
 from capo.lab.sweep import drive, execute
-from capo.lab.sweep.execute import end_point, is_divergence, make_point, mark_of
+from capo.lab.sweep.execute import (
+    MARK,
+    Ended,
+    Mark,
+    end_point,
+    is_divergence,
+    make_point,
+    mark_of,
+)
 from capo.lab.sweep.grid import parse_grid
 from capo.lab.sweep.reading import read_run
 from capo.lab.sweep.watching import Watcher
@@ -192,6 +201,22 @@ def test_a_sweep_ends_with_its_time_and_what_is_half_finished_can_be_closed(
     assert not first.exists or not first.checkpoints.exists()
     assert end_point(points[1], tmp_path, {}) is None
     assert not second.exists
+
+
+@pytest.mark.parametrize(
+    ("ended", "state"),
+    [
+        ("steps", ("finished", "")),
+        ("time", ("finished", "out of time")),
+        ("diverged", ("diverged", "")),
+    ],
+)
+def test_a_point_that_ran_out_of_time_is_finished(tmp_path: Path, ended: Ended, state: object):
+    point = parse_grid(GRID).points()[0]
+    directory = RunDirectory(tmp_path / point.folder())
+    directory.path.mkdir()
+    directory.write(MARK, asdict(Mark(point.fingerprint(), ended, 1.0, {})))
+    assert drive.state_of(point, tmp_path) == state
 
 
 def test_a_points_time_is_its_own_without_its_policys_pretraining(

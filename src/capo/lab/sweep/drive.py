@@ -134,11 +134,13 @@ def _remember(point: Point, failure: Failure, runs: Path) -> None:
 
 
 def state_of(point: Point, runs: Path) -> tuple[State, str]:
-    """Where a point stands, and a word on it: the step, or what went wrong."""
+    """Where a point stands, and a word on it: the step, what went wrong, or that its time was over."""
     directory = RunDirectory(runs / point.folder())
     mark = mark_of(directory, point)
+    if mark is not None and mark.ended == "diverged":
+        return "diverged", ""
     if mark is not None:
-        return ("finished", "") if mark.ended == "steps" else ("diverged", "")
+        return "finished", "out of time" if mark.ended == "time" else ""
     status = directory.read("status.json")
     if status.get("state") == "failed":
         return "failed", str(status.get("message", ""))
