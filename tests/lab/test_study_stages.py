@@ -7,15 +7,17 @@ import json
 import pytest
 from study_kit import Fake, driven, outcome, racing, small_plan
 
+from capo.lab.pool import Failure
 from capo.lab.study.estimate import cost, estimate
 from capo.lab.study.outcome import Store
 from capo.lab.study.plan import load_plan
-from capo.lab.study.pool import Driver
+from capo.lab.study.pool import Driver, StudyWorkers
 from capo.lab.study.stages import (
     conservative,
     grid_rate,
     lowest_collapsing,
     narrow,
+    race,
     range_of,
     run_study,
     score,
@@ -341,3 +343,33 @@ def test_a_run_costs_more_with_more_of_anything():
     passes = plan.raced("some", plan.plain, {"algorithm.num_iterations": 4}).job(0).config()
     assert cost(config, arm, 960) < cost(config, arm, 1920)
     assert cost(config, arm, 960) < cost(passes, arm, 960)
+
+
+class Batches:
+    """A pool that finishes so many jobs at once; those of one seed fail."""
+
+    def __init__(self, size, fails):
+        self.size, self.fails = size, fails
+        self.running = []
+
+    def submit(self, job):
+        self.running.append(job)
+
+    def finished(self, timeout=None):
+        done, self.running = self.running[: self.size], self.running[self.size :]
+        return [
+            (job, Failure(OSError("disk")) if job.seed == self.fails else racing(job))
+            for job in done
+        ]
+
+
+@pytest.mark.parametrize(("size", "kept"), [(1, [0]), (2, [0, 2, 3, 4]), (5, [0, 2, 3, 4])])
+def test_runs_that_finish_with_one_that_fails_are_kept(tmp_path, size, kept):
+    plan, store = small_plan(), Store(tmp_path)
+    arm = plan.raced("capo-default", plan.preset, {})
+    with pytest.raises(OSError, match="disk") as error:
+        Driver(store, StudyWorkers(Batches(size, fails=1)))(
+            {"default": race(arm, "CAPO", plan.measure.seeds)}
+        )
+    assert error.value.__notes__ == [f"in the run {arm.job(1).path} of the study"]
+    assert [seed for seed in plan.measure.seeds if store.load(arm.job(seed)) is not None] == kept

@@ -25,11 +25,15 @@ class Runner(Protocol):
 
 
 class StudyWorkers:
-    """`capo.lab.pool.Workers` that make the study's runs; the first failure ends the study."""
+    """`capo.lab.pool.Workers` that make the study's runs; the first failure ends the study.
+
+    Runs that are finished by then are handed over before it is raised, so that they are kept.
+    """
 
     def __init__(self, pool: Workers[Job, Outcome]) -> None:
         """Start nothing."""
         self.pool = pool
+        self._failed: BaseException | None = None
 
     def submit(self, job: Job) -> None:
         """See `Runner.submit`."""
@@ -43,13 +47,18 @@ class StudyWorkers:
         """
         while True:
             made = []
-            for job, outcome in self.pool.finished():
-                if isinstance(outcome, Failure):
-                    outcome.error.add_note(f"in the run {job.path} of the study")
-                    raise outcome.error
-                made.append((job, outcome))
-            if made or not self.pool.running:
+            for job, outcome in self.pool.finished(None if self._failed is None else 0.0):
+                if not isinstance(outcome, Failure):
+                    made.append((job, outcome))
+                elif self._failed is None:
+                    self._failed = outcome.error
+                    self._failed.add_note(f"in the run {job.path} of the study")
+            if made:
                 return made
+            if self._failed is not None:
+                raise self._failed
+            if not self.pool.running:
+                return []
 
 
 @contextlib.contextmanager
