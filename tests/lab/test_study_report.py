@@ -195,6 +195,7 @@ def test_the_tables_say_what_was_run(made):
     _, _, output, known = made
     text = (output / "README.md").read_text()
     assert f"{len(known)} runs," in text
+    assert "other seeds for every choice but that of the conservative learning rate" in text
     assert "at commit 0123456789 on a test's CPU (2 cores)" in text
     assert "| CAPO, default | `small-aggressive-capo`  | 1,056 [960, 1,152] | 5 of 5 | 0 |" in text
     assert "CAPO \\| no warm-up" in text

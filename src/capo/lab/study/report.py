@@ -128,7 +128,8 @@ def _head(study: StudyResult, outcomes: Sequence[Outcome]) -> str:
             f"`capo bench trust-region{preset} --report-only`.",
             "",
             f"{len(outcomes)} runs, {seconds / 3600:.1f} core hours, seeds {_list(measure.seeds)} "
-            "for every figure below, other seeds for every choice.",
+            "for every figure below, other seeds for every choice but that of the conservative learning "
+            "rate, which follows from where aggressive GRPO collapses with these.",
             *origins(outcomes),
             "",
             f"*Completions to {measure.target:g}*: the completions at the third of three "
