@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -198,6 +199,16 @@ def test_resuming_a_finished_run_does_nothing(plain):
     before = (plain / "status.json").stat().st_mtime_ns
     assert train(tiny(), plain, resume=True) == plain
     assert (plain / "status.json").stat().st_mtime_ns == before
+
+
+def test_a_run_killed_before_it_says_that_it_is_finished_can_be_resumed(plain, tmp_path):
+    copy = RunDirectory(shutil.copytree(plain, tmp_path / "run"))
+    copy.set_status("running", 4, 4)
+    (copy.final / "of-another-kill").write_text("")
+    train(tiny(), copy.path, resume=True)
+    assert copy.state == "finished"
+    assert weights(copy.path) == weights(plain)
+    assert not (copy.final / "of-another-kill").exists()
 
 
 def test_overwriting_replaces_the_whole_run(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -216,6 +217,8 @@ def _run(
     aside = directory.path / ".final.tmp"
     trainer.model.save_pretrained(aside)
     ingredients.policy.tokenizer.save_pretrained(aside)
+    if directory.final.exists():  # of a run that was killed before it could say that it is finished
+        shutil.rmtree(directory.final)
     aside.replace(directory.final)
     directory.set_status("finished", step, config.steps, OUT_OF_TIME if stop.out_of_time else "")
 
