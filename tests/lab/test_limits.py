@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from sweep_kit import GRID
 from capo import InputError
 from capo.lab.config import Config
 from capo.lab.devices import Place, check_device, find_place, precision
+from capo.lab.divergence import DIVERGED, is_divergence
 from capo.lab.recorder import _check_finite
 from capo.lab.run import check_resumable, train
 from capo.lab.rundir import OUT_OF_TIME, RunDirectory
@@ -26,7 +28,6 @@ from capo.lab.sweep.execute import (
     Ended,
     Mark,
     end_point,
-    is_divergence,
     make_point,
     mark_of,
 )
@@ -123,18 +124,18 @@ def test_weights_that_are_no_numbers_end_a_run_as_a_divergence(value, tmp_path):
         model.weight[1, 2] = value
     with pytest.raises(RuntimeError) as error:
         _check_finite(model)
-    assert is_divergence(error.value, RunDirectory(tmp_path))
+    assert is_divergence(str(error.value), RunDirectory(tmp_path))
 
 
 def test_an_assertion_on_a_gpu_is_a_divergence_only_where_the_last_step_says_so(tmp_path):
     directory = RunDirectory(tmp_path)
-    error = RuntimeError("CUDA error: device-side assert triggered")
+    error = "RuntimeError: CUDA error: device-side assert triggered"
     assert not is_divergence(error, directory)
     directory.append("metrics.jsonl", {"step": 1, "loss": 0.1, "grad_norm": 2.0})
     assert not is_divergence(error, directory)
     directory.append("metrics.jsonl", {"step": 2, "loss": 0.1, "grad_norm": math.nan})
     assert is_divergence(error, directory)
-    assert not is_divergence(RuntimeError("out of memory"), directory)
+    assert not is_divergence("out of memory", directory)
 
 
 @pytest.fixture
@@ -217,6 +218,36 @@ def test_a_point_that_ran_out_of_time_is_finished(tmp_path: Path, ended: Ended, 
     directory.path.mkdir()
     directory.write(MARK, asdict(Mark(point.fingerprint(), ended, 1.0, {})))
     assert drive.state_of(point, tmp_path) == state
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("finished", DIVERGED),
+        ("failed", "RuntimeError: the weights are not finite: they make no probability tensor"),
+    ],
+)
+def test_a_point_that_diverged_and_was_killed_before_its_mark_has_diverged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: Literal["finished", "failed"], message
+):
+    first, second = parse_grid(GRID).points()[:2]
+    for point in (first, second):
+        directory = RunDirectory(tmp_path / point.folder())
+        directory.path.mkdir()
+        directory.write("config.json", point.config(tmp_path).model_dump(mode="json"))
+        directory.set_status(state, 2, 4, message)
+        for step, accuracy in enumerate((0.45, 0.6)):
+            row = {"step": step, "completions": 16 * step, "seconds": 1.0}
+            directory.append("evals.jsonl", row | {"accuracy": accuracy, "stderr": 0.1})
+    monkeypatch.setattr("capo.lab.run.train", lambda *_, **__: pytest.fail("it is over"))
+    assert make_point(first, tmp_path, {}).ended == "diverged"
+    closed = end_point(second, tmp_path, {})
+    assert closed is not None
+    assert closed.ended == "diverged"
+    for point in (first, second):
+        run = read_run(point, tmp_path)
+        assert run is not None
+        assert (run.final_accuracy, run.collapsed) == (0.0, True)
 
 
 def test_a_points_time_is_its_own_without_its_policys_pretraining(

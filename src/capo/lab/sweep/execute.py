@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from capo.lab.divergence import DIVERGED, has_diverged, is_divergence
 from capo.lab.rundir import RunDirectory
 from capo.lab.sweep.point import Point, policy_folder
 
@@ -82,7 +82,8 @@ def end_point(point: Point, runs: Path, provenance: dict[str, Any]) -> Mark | No
     evaluated = directory.rows("evals.jsonl")
     if len(evaluated) < 2:
         return None
-    mark = Mark(point.fingerprint(), "time", float(evaluated[-1]["seconds"]), provenance)
+    ended: Ended = "diverged" if has_diverged(directory) else "time"
+    mark = Mark(point.fingerprint(), ended, float(evaluated[-1]["seconds"]), provenance)
     directory.write(MARK, asdict(mark))
     shutil.rmtree(directory.checkpoints, ignore_errors=True)
     return mark
@@ -125,6 +126,8 @@ def _make(point: Point, directory: RunDirectory, runs: Path) -> Ended:
     from capo.lab.run import train
     from capo.lab.sweep.measures import MEASURES
 
+    if has_diverged(directory):  # and was killed before it could be marked
+        return "diverged"
     config = point.config(runs)
     measure = MEASURES.get(point.cell.measure)
     # A rule with state outside of checkpoints, and a measurement beside the run, begin anew.
@@ -136,22 +139,9 @@ def _make(point: Point, directory: RunDirectory, runs: Path) -> Ended:
             rows = measure(config, directory.path)
             directory.write(MEASURED, {"rows": rows})
     except (RuntimeError, ValueError) as error:
-        if not is_divergence(error, directory):
+        if not is_divergence(str(error), directory):
             raise
-        directory.set_status(
-            "finished", int(directory.read("status.json").get("step", 0)), config.steps, "diverged"
-        )
+        step = int(directory.read("status.json").get("step", 0))
+        directory.set_status("finished", step, config.steps, DIVERGED)
         return "diverged"
     return "time" if directory.out_of_time else "steps"
-
-
-def is_divergence(error: Exception, directory: RunDirectory) -> bool:
-    """Whether a run failed because its policy is no distribution any more.
-
-    A GPU says no more than that an assertion failed; then the last step's gradient tells.
-    """
-    if "probability tensor" in str(error):  # what torch says of sampling from infinite logits
-        return True
-    steps = directory.rows("metrics.jsonl")
-    figures = [float(steps[-1].get(key, 0.0)) for key in ("loss", "grad_norm")] if steps else []
-    return "device-side assert" in str(error) and not all(map(math.isfinite, figures))
