@@ -6,19 +6,24 @@ import csv
 import json
 import math
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from lab_runs import invented
+from sweep_kit import GRID
 from synthetic_runs import HOSTILE, VOCABULARY, config, write_lines, write_run
 
 import capo
 from capo.lab.report import build_report
 from capo.lab.report.reading import read_run, read_runs
-from capo.lab.report.series import MAX_POINTS, signal_table
+from capo.lab.report.series import MAX_POINTS, accuracy_table, signal_table
 from capo.lab.report.summary import collapse_of, group_series, headline, summarise
 from capo.lab.report.tokens import worst_offenders
+from capo.lab.rundir import OUT_OF_TIME
+from capo.lab.sweep.grid import parse_grid
 
 TARGET = 0.75
 
@@ -238,8 +243,9 @@ def test_evaluations_without_accuracy_or_base(tmp_path: Path) -> None:
         ((0.4, 0.1, 0.1, 0.3, 0.1, 0.3), False, None),  # never three in a row
         ((0.4, 0.3, 0.19, 0.1, 0.0, 0.5), True, 2),  # recovered, and yet
         ((0.4, 0.5, 0.5, 0.1), True, 3),  # at the end
-        ((0.4, 0.2, 0.2, 0.2), True, 3),  # half is not below half, but at or below it at the end
-        ((0.0, 0.0), True, 1),
+        ((0.4, 0.5, 0.1, 0.1), True, 2),
+        ((0.4, 0.2, 0.2, 0.2), False, None),  # half is not below half
+        ((0.0, 0.0, 0.0, 0.0), False, None),
         ((0.4,), None, None),
     ],
 )
@@ -251,6 +257,102 @@ def test_collapse(
     verdict, where = collapse_of(read_run(run))
     assert verdict is collapsed
     assert (where.completions if where else None) == (None if at is None else 96 * at)
+
+
+DIED = "RuntimeError: the weights are not finite: they make no probability tensor any more"
+ASSERTED = "RuntimeError: CUDA error: device-side assert triggered"
+
+
+def ended(run: Path, state: str, message: str, accuracies: Sequence[float], logged: int) -> Path:
+    """The run with this status, these evaluations and so many steps in its log."""
+    status = {"state": state, "step": logged, "steps": 60, "message": message}
+    (run / "status.json").write_text(json.dumps(status))
+    write_lines(run / "evals.jsonl", evals(*accuracies))
+    rows = [{"step": i + 1, "completions": 96 * (i + 1), "seconds": i} for i in range(logged)]
+    write_lines(run / "metrics.jsonl", [row | {"grad_norm": math.nan} for row in rows])
+    return run
+
+
+@pytest.mark.parametrize(
+    ("state", "message", "diverged"),
+    [
+        ("finished", "diverged", True),
+        ("failed", DIED, True),
+        ("failed", ASSERTED, True),
+        ("failed", "RuntimeError: out of memory", False),
+        ("finished", "", False),
+        ("running", "diverged", False),
+    ],
+)
+def test_a_run_that_diverged_ends_at_0_and_has_collapsed(
+    tmp_path: Path, state: str, message: str, diverged: bool
+) -> None:
+    run = ended(write_run(tmp_path / "a"), state, message, (0.4, 0.5, 0.6), logged=4)
+    summary = summarise(read_run(run), TARGET)
+    assert summary.final is not None
+    assert summary.best is not None
+    assert summary.best.accuracy == 0.6
+    assert summary.collapsed is diverged
+    text = words(page(build_report([run], tmp_path / "r.html")))
+    if diverged:
+        assert (summary.final.accuracy, summary.final.completions) == (0.0, 4 * 96)
+        assert summary.collapsed_at == summary.final
+        assert "to 0.000 ± 0.000 accuracy after 384 completions, collapsed at 384" in text
+        assert "The policy diverged at step 4 of 60" in text
+    else:
+        assert summary.final.accuracy == 0.6
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "logged", "verdict", "at"),
+    [
+        ((), 0, True, 96),
+        ((), 3, True, 288),
+        ((0.0,), 0, True, 96),
+        ((0.4,), 1, True, 96),
+        ((0.4, 0.1), 1, True, 96),  # was low before it diverged
+        ((0.4, 0.4), 1, True, 192),  # what broke it is not logged
+    ],
+)
+def test_where_a_run_diverged(
+    tmp_path: Path, accuracies: tuple[float, ...], logged: int, verdict: bool, at: int
+) -> None:
+    run = ended(write_run(tmp_path / "a"), "finished", "diverged", accuracies, logged)
+    collapsed, where = collapse_of(read_run(run))
+    assert collapsed is verdict
+    assert where is not None
+    assert where.completions == at
+    build_report([run], tmp_path / "r.html")
+
+
+def test_a_seed_that_diverged_counts_as_0_beside_the_others(tmp_path: Path) -> None:
+    fates = [
+        ("finished", "", (0.4, 0.5, 0.6, 0.7, 0.8)),
+        ("finished", "diverged", (0.4, 0.6, 0.7)),
+        ("finished", OUT_OF_TIME, (0.4, 0.3, 0.3)),
+        ("interrupted", "", (0.4, 0.9)),
+    ]
+    runs = [
+        ended(write_run(tmp_path / f"s{i}", config(f"base-s{i}", i)), *fate, logged=len(fate[2]))
+        for i, fate in enumerate(fates)
+    ]
+    series = group_series([summarise(run, TARGET) for run in read_runs(runs)])
+    table = accuracy_table(series)
+    assert table["completions"].tolist() == [0, 96, 192, 288, 384]
+    assert table["runs"].tolist() == [4, 4, 3, 3, 3]
+    assert table["low"].tolist() == [0.4, 0.3, 0.3, 0.0, 0.0]
+    assert table["accuracy"].tolist() == pytest.approx([0.4, 0.55, 0.6, 0.3, 0.3])
+    assert table["high"].tolist() == [0.4, 0.9, 0.7, 0.7, 0.8]
+    assert "1 collapsed" in headline(series, TARGET)
+
+
+def test_reports_and_grids_agree_on_collapses(tmp_path: Path) -> None:
+    point = next(iter(parse_grid(GRID).points()))
+    curves = [(0.4, 0.2, 0.2, 0.2), (0.0, 0.0), (0.4, 0.1, 0.1, 0.1, 0.5), (0.4, 0.5, 0.1)]
+    for index, curve in enumerate(curves):
+        run = write_run(tmp_path / str(index))
+        write_lines(run / "evals.jsonl", evals(*curve))
+        assert collapse_of(read_run(run))[0] is invented(point, curve).collapsed
 
 
 def test_completions_to_target_and_rejection(tmp_path: Path) -> None:

@@ -79,8 +79,10 @@ def accuracy_figure(series: Sequence[Series], target: float) -> Figure:
         "accuracy",
         "Accuracy against completions consumed",
         "Accuracy of sampled answers on fixed held-out problems. Band: ± one binomial standard "
-        "error (one run) or the range over seeds around their median. ✕: the first evaluation of "
-        "a collapse (below half the base policy's accuracy three times in a row, or at the end).",
+        "error (one run) or the range over seeds around their median; a seed that is over holds its last "
+        "value, one that diverged 0, and one that stopped otherwise is left out from there on. ✕: the "
+        "first evaluation of a collapse (below half the base policy's accuracy three times in a row, or at "
+        "the end; or diverged).",
         chart,
         data,
         {"collapse": collapse, "rules": rules},

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 import pandas as pd
 
 from capo.core.errors import InputError
+from capo.lab.divergence import has_diverged
+from capo.lab.rundir import RunDirectory
 
 EVAL_COLUMNS = ("step", "completions", "seconds", "accuracy", "problems", "stderr")
 POSITION_COLUMNS = ("step", "completions", "seconds")
@@ -32,6 +35,7 @@ class Run:
             or not finite. Always has the columns ``step``, ``completions``, ``seconds``.
         evals: one row per evaluation, columns `EVAL_COLUMNS`; accuracy is never NaN.
         notes: sentences about what is missing or odd, for the reader of the report.
+        diverged: the run ended because nothing can be sampled from its policy any more.
     """
 
     path: Path
@@ -42,6 +46,25 @@ class Run:
     metrics: pd.DataFrame
     evals: pd.DataFrame
     notes: tuple[str, ...]
+    diverged: bool = False
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing will change its accuracy any more."""
+        return self.diverged or self.status.get("state") == "finished"
+
+    @cached_property
+    def curve(self) -> pd.DataFrame:
+        """The evaluations, and accuracy 0 where the policy diverged."""
+        if not self.diverged:
+            return self.evals
+        batch = _number(self.setting("training.completions_per_step"))
+        fell = {"accuracy": 0.0, "stderr": 0.0}
+        # What broke the policy may not be logged: it was the next batch after the last evaluation at least.
+        for key, least in (("step", 1.0), ("completions", batch if math.isfinite(batch) else 1.0)):
+            fell[key] = max([*self.metrics[key], *(self.evals[key] + least), least])
+        row = pd.DataFrame([fell], columns=list(EVAL_COLUMNS), dtype=float)
+        return pd.concat([self.evals, row], ignore_index=True) if len(self.evals) else row
 
     def setting(self, key: str, default: Any = None) -> Any:
         """The config value at a dotted ``key``, or ``default``."""
@@ -92,10 +115,11 @@ def read_run(path: Path) -> Run:
     metrics = _metrics(path, config, notes)
     evals = _evals(path, config, notes)
     status = _read_json(path / "status.json") or {}
-    notes[:0] = _state_notes(status)
+    diverged = has_diverged(RunDirectory(path), status)
+    notes[:0] = _state_notes(status, diverged)
     name = lookup(config, "run.name") or path.resolve().name
     provenance = _read_json(path / "provenance.json") or {}
-    return Run(path, str(name), config, provenance, status, metrics, evals, tuple(notes))
+    return Run(path, str(name), config, provenance, status, metrics, evals, tuple(notes), diverged)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -190,13 +214,15 @@ def _evals(path: Path, config: dict[str, Any], notes: list[str]) -> Any:
     return table[list(EVAL_COLUMNS)]
 
 
-def _state_notes(status: dict[str, Any]) -> list[str]:
+def _state_notes(status: dict[str, Any], diverged: bool) -> list[str]:
     state = status.get("state", "unknown")
-    if state == "finished":
-        return []
     where = ""
     if status.get("step") is not None:
         where = f" at step {status['step']} of {status.get('steps', '?')}"
+    if diverged:
+        return [f"The policy diverged{where}: nothing can be sampled from it, which counts as 0."]
+    if state == "finished":
+        return []
     message = f": {status['message']}" if status.get("message") else ""
     if state == "unknown":
         return ["There is no status.json: whether the run ended is not known."]

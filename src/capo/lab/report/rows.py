@@ -80,7 +80,9 @@ def _run_row(summary: Summary, kind: str, index: int, name: str) -> Row:
         within=_within([summary]),
         completions=Cell(f"{summary.completions:,.0f}"),
         wall=Cell(duration(summary.seconds)),
-        state=str(summary.run.status.get("state", "unknown")),
+        state="diverged"
+        if summary.run.diverged
+        else str(summary.run.status.get("state", "unknown")),
     )
 
 

@@ -118,33 +118,47 @@ def accuracy_table(series: Sequence[Series]) -> Any:
 
     Returns:
         columns series, completions, step, accuracy, low, high, runs. The band is ± one binomial
-        standard error for a single run and the range over seeds for several.
+        standard error for a single run and the range over seeds for several. A run that is over
+        holds its last value, one that diverged 0.
     """
     tables = []
     for one in series:
-        evals = pd.concat([run.evals for run in one.runs], ignore_index=True)
-        if not len(evals):
+        runs = [run for run in one.runs if len(run.curve)]
+        if not runs:
             continue
         if len(one.runs) == 1:
-            table = evals[["completions", "step", "accuracy"]].copy()
-            stderr = evals["stderr"].fillna(0)
-            table["low"] = (evals["accuracy"] - stderr).clip(lower=0)
-            table["high"] = (evals["accuracy"] + stderr).clip(upper=1)
+            curve = runs[0].curve
+            table = curve[["completions", "step", "accuracy"]].copy()
+            stderr = curve["stderr"].fillna(0)
+            table["low"] = (curve["accuracy"] - stderr).clip(lower=0)
+            table["high"] = (curve["accuracy"] + stderr).clip(upper=1)
             table["runs"] = 1
         else:
-            groups = evals.groupby("completions", sort=True)
-            table = pd.DataFrame(
-                {
-                    "completions": groups["completions"].first(),
-                    "step": groups["step"].first(),
-                    "accuracy": groups["accuracy"].median(),
-                    "low": groups["accuracy"].min(),
-                    "high": groups["accuracy"].max(),
-                    "runs": groups["accuracy"].count(),
-                }
-            )
+            table = _over_seeds(runs)
         tables.append(_label(table, one.name))
     return _stack(tables, ["series", "completions", "step", "accuracy", "low", "high", "runs"])
+
+
+def _over_seeds(runs: Sequence[Run]) -> Any:
+    """Median and range at every position of any run; each holds its last value until the next."""
+    positions = pd.concat([run.curve for run in runs]).groupby("completions", sort=True)["step"]
+    rows = []
+    for completions, step in positions.first().items():
+        held = [value for run in runs if (value := _held(run, completions)) is not None]
+        rows.append(
+            {"completions": completions, "step": step, "accuracy": float(np.median(held))}
+            | {"low": min(held), "high": max(held), "runs": len(held)}
+        )
+    return pd.DataFrame(rows)
+
+
+def _held(run: Run, completions: Any) -> float | None:
+    """Accuracy of the last evaluation by then; None before the first, and once a run not over ends."""
+    curve = run.curve
+    if not run.over and completions > curve["completions"].iloc[-1]:
+        return None
+    before = curve["accuracy"][curve["completions"] <= completions]
+    return float(before.iloc[-1]) if len(before) else None
 
 
 def _pool(one: Series, keys: list[str]) -> Any:

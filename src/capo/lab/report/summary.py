@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from capo.lab.report.reading import MEASURED, Run
+from capo.lab.study.outcome import collapse_at
 
 ALGORITHMS = {"grpo": "GRPO", "dr_grpo": "Dr.GRPO", "reinforce": "REINFORCE"}
 SELECTED = {
@@ -112,33 +113,31 @@ def _bounds(selection: dict[str, Any]) -> list[bool]:
 
 
 def collapse_of(run: Run) -> tuple[bool | None, Estimate | None]:
-    """Whether the run collapsed, and the first evaluation of the collapse.
+    """Whether the run collapsed, by the rule of grids, and the first evaluation of the collapse.
 
-    Collapsed: accuracy below half the base policy's at three evaluations in a row, or a last
-    evaluation at or below it. ``None``: no base evaluation, or none after it.
+    ``None``: no base evaluation, or none after it, and it did not diverge.
     """
-    evals = run.evals
-    if len(evals) < 2 or evals["step"].iloc[0] != 0:
+    points = _estimates(run)
+    at = None
+    if _has_base(run):
+        if len(points) < 2:
+            return None, None
+        at = collapse_at([point.accuracy for point in points])
+    elif not run.diverged:
         return None, None
-    half = float(evals["accuracy"].iloc[0]) / 2
-    points = _estimates(run)[1:]
-    low = [point.accuracy < half for point in points]
-    for start in range(len(low) - 2):
-        if all(low[start : start + 3]):
-            return True, points[start]
-    if points[-1].accuracy > half:
-        return False, None
-    start = len(points) - 1
-    while start > 0 and low[start - 1]:
-        start -= 1
-    return True, points[start]
+    if at is None and run.diverged:
+        at = len(points) - 1
+    return (False, None) if at is None else (True, points[at])
+
+
+def _has_base(run: Run) -> bool:
+    return len(run.evals) > 0 and run.evals["step"].iloc[0] == 0
 
 
 def summarise(run: Run, target_accuracy: float) -> Summary:
     """Everything the summary table says about one run."""
     points = _estimates(run)
     collapsed, collapsed_at = collapse_of(run)
-    has_base = bool(points) and run.evals["step"].iloc[0] == 0
     reached = [point.completions for point in points if point.accuracy >= target_accuracy]
     rejection_mean, rejection_peak = _rejection(run)
     clocks = [*run.metrics["completions"], *run.evals["completions"]]
@@ -148,7 +147,7 @@ def summarise(run: Run, target_accuracy: float) -> Summary:
         algorithm=algorithm_name(run),
         learning_rate=run.setting("training.learning_rate"),
         completions_per_step=run.setting("training.completions_per_step"),
-        base=points[0] if has_base else None,
+        base=points[0] if _has_base(run) else None,
         best=max(points, key=lambda point: point.accuracy, default=None),
         final=points[-1] if points else None,
         completions_to_target=reached[0] if reached else None,
@@ -163,7 +162,8 @@ def summarise(run: Run, target_accuracy: float) -> Summary:
 
 
 def _estimates(run: Run) -> list[Estimate]:
-    columns = run.evals[["accuracy", "stderr", "completions"]]
+    """Of every evaluation; 0 where the policy diverged."""
+    columns = run.curve[["accuracy", "stderr", "completions"]]
     return [Estimate(*map(float, row)) for row in columns.itertuples(index=False)]
 
 

@@ -118,13 +118,28 @@ def reached(
 
 def has_collapsed(evaluations: Sequence[Evaluated]) -> bool:
     """Whether three evaluations in a row are below half the first, the base policy's."""
-    half = evaluations[0].accuracy / 2
-    low = 0
-    for each in evaluations[1:]:
-        low = low + 1 if each.accuracy < half else 0
-        if low == IN_A_ROW:
-            return True
-    return False
+    return _three_low(_below_half([each.accuracy for each in evaluations])) is not None
+
+
+def collapse_at(accuracies: Sequence[float]) -> int | None:
+    """Index of a collapse's first evaluation; None: a whole run did not collapse.
+
+    Three in a row below half the first, the base policy's, or the last one below.
+    """
+    low = _below_half(accuracies)
+    first = _three_low(low)
+    if first is not None or not low[-1]:
+        return first
+    return len(low) - 2 if low[-2] else len(low) - 1  # no more: three would be in a row
+
+
+def _below_half(accuracies: Sequence[float]) -> list[bool]:
+    return [each < accuracies[0] / 2 for each in accuracies]
+
+
+def _three_low(low: Sequence[bool]) -> int | None:
+    starts = range(len(low) - IN_A_ROW + 1)
+    return next((start for start in starts if all(low[start : start + IN_A_ROW])), None)
 
 
 class Store:

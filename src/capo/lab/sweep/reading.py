@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from capo.lab.rundir import RunDirectory
-from capo.lab.study.outcome import Evaluated, has_collapsed, reached
+from capo.lab.study.outcome import Evaluated, collapse_at, reached
 from capo.lab.sweep.execute import MEASURED, Ended, Mark, mark_of
 from capo.lab.sweep.grid import Grid
 from capo.lab.sweep.point import Cell, Point
@@ -81,8 +81,9 @@ class Run:
     @cached_property
     def collapsed(self) -> bool:
         """Diverged, three evaluations in a row below half the base policy's, or the last one below."""
-        low = self.final_accuracy < 0.5 * self.base_accuracy
-        return self.ended == "diverged" or has_collapsed(self.evaluations) or low
+        if self.ended == "diverged":
+            return True
+        return collapse_at([each.accuracy for each in self.evaluations]) is not None
 
     @property
     def collapse_began(self) -> Evaluated | None:
