@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +85,28 @@ def test_status_before_anything(tmp_path):
     assert invoke("status", path, "--runs", str(tmp_path)).output == "1 missing\n"
     rows = json.loads(invoke("status", path, "--runs", str(tmp_path), "--json").output)
     assert [(row["point"], row["state"]) for row in rows] == [("as-is seed 0", "missing")]
+
+
+def test_a_record_is_not_replaced_by_another(tmp_path):
+    """Neither by a trial of a figure, before a run of it is made, nor by one without runs."""
+    record = tmp_path / "results/fig3"
+    shutil.copytree(Path(__file__).parents[2] / "results/fig3", record)
+    before = {path.name: path.read_bytes() for path in record.iterdir()}
+    where = ("--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "results"))
+    for arguments, field in (
+        (("fig3", "--set", "training.steps=5"), "--output"),
+        (("fig3", "--seeds", "1"), "--output"),
+        (("fig3", "--report-only"), "--runs"),
+    ):
+        result = invoke("reproduce", *arguments, *where)
+        assert isinstance(result.exception, InputError)
+        assert result.exception.field == field
+    result = invoke("reproduce", "all", "--report-only", *where)
+    assert result.exit_code == 0
+    assert "fig3: no run is there; left as it is" in result.output
+    assert {path.name: path.read_bytes() for path in record.iterdir()} == before
+    assert not (tmp_path / "runs").exists()
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["fig3"]
 
 
 def test_verdicts_without_results(tmp_path):

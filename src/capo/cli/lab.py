@@ -117,7 +117,7 @@ def status(
             counts["waiting for a search"] = waiting
         typer.echo(", ".join(f"{number} {state}" for state, number in counts.items()))
         for point, state, word in rows:
-            if state in ("half-finished", "failed", "diverged"):
+            if word or state == "diverged":
                 typer.echo(f"{point.name}: {state}{f', {word}' if word else ''} ({point.folder()})")
     if any(state == "failed" for _, state, _ in rows):
         raise typer.Exit(1)
@@ -165,10 +165,12 @@ def reproduce(
 ) -> None:
     """Regenerate a figure or table of the paper from nothing: runs, figure, record.
 
-    Figures share runs; what is there is not run again.
+    Figures share runs; what is there is not run again. With `all` a figure that has no run at all is left
+    as it is recorded.
     """
     from capo.lab.figures import all_figures, figure_named
-    from capo.lab.figures.reproduce import write_up
+    from capo.lab.figures.reproduce import check_replaceable, write_up
+    from capo.lab.sweep.drive import state_of
     from capo.lab.sweep.grid import seeds_option
     from capo.lab.sweep.reading import settle
     from capo.lab.sweep.watching import clock
@@ -176,24 +178,32 @@ def reproduce(
     chosen = list(all_figures()) if figure == "all" else [figure_named(figure)]
     number = seeds_option(seeds)
     grids = {each.name: each.grid(number, settings or []) for each in chosen}
-    points = [
-        point for grid in grids.values() for point in settle(grid, runs).points(supposed=True)
-    ]
+    wanted = {name: settle(grid, runs).points(supposed=True) for name, grid in grids.items()}
     quiet = quiet or as_json
+    points = [point for each in wanted.values() for point in each]
     _forecast(points, runs, jobs or cores(), as_json=as_json, quiet=quiet and not dry_run)
     if dry_run:
         return
+    for name, its_points in wanted.items():  # before anything is made for a record that has to stay
+        if not report_only:
+            check_replaceable(output / name, grids[name], len(its_points))
     failed: dict[str, str] = {}
     written: dict[str, str] = {}
     for each in chosen:
-        seconds = 0.0
+        seconds, its_failed = 0.0, {}
         if not report_only:
             if len(chosen) > 1 and not quiet:
                 typer.echo(f"{each.name}: {each.title}", err=True)
             swept = make_grid(grids[each.name], runs, jobs or cores(), quiet)
-            failed |= swept.failed
+            its_failed = swept.failed
+            failed |= its_failed
             seconds = swept.seconds if swept.made else 0.0
-        folder = write_up(each, grids[each.name], runs, output / each.name, failed, seconds)
+        elif len(chosen) > 1 and not any(
+            state_of(point, runs)[0] in ("finished", "diverged") for point in wanted[each.name]
+        ):
+            typer.echo(f"{each.name}: no run is there; left as it is", err=True)
+            continue
+        folder = write_up(each, grids[each.name], runs, output / each.name, its_failed, seconds)
         written[each.name] = str(folder / "README.md")
         if not as_json:
             typer.echo(f"{each.name}: {written[each.name]} ({clock(seconds)})")
