@@ -205,6 +205,17 @@ def test_the_map_says_where_masks_rescue():
     assert momentum.numbers.startswith("14 of 24")
 
 
+def test_masks_that_let_nothing_be_learnt_rescue_nothing():
+    def of(cell, seed):
+        return invented(Point(cell, seed), STAYS if cell.variant.endswith("-masks") else FALLS)
+
+    _, _, _, numbers = drawn("map", of)
+    assert all(row["rescued"] for row in numbers.numbers["map"])
+    found = verdict("map", numbers, "Token masks rescue collapsing runs, base optimizer Adam")
+    assert found.verdict == "does not hold"
+    assert found.numbers.startswith("0 of 12 collapsing settings rescued; no collapse but nothing")
+
+
 def test_the_map_counts_collapses_over_the_seeds_that_both_have():
     def of(cell, seed):
         masks = cell.variant.endswith("-masks")

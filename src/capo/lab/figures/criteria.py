@@ -1,7 +1,8 @@
 """When a claim of the paper holds at this scale: the criteria in code; `claims` has the words.
 
 They were written before the runs were made. Some were made stricter afterwards (docs/LOG.md, `LEARNT`;
-neighbours in `threshold_range`; undecided tasks in `as_fast_as_the_best`), none laxer.
+neighbours in `threshold_range`; undecided tasks in `as_fast_as_the_best`; learning in `masks_rescue`), none
+laxer.
 """
 
 from __future__ import annotations
@@ -296,7 +297,10 @@ def ahead_of_rivals(name: str) -> Callable[[Numbers], Judged]:
 
 
 def masks_rescue(*optimizers: str) -> Callable[[Numbers], Judged]:
-    """Wherever most seeds collapse without masks, none does with them; in part: somewhere."""
+    """Wherever most seeds collapse without masks, none does with them and they learn; in part: somewhere.
+
+    Learns: as in `threshold_range`.
+    """
 
     def judge(numbers: Numbers) -> Judged:
         rows = [row for row in numbers["map"] if row["optimizer"] in optimizers]
@@ -305,14 +309,25 @@ def masks_rescue(*optimizers: str) -> Callable[[Numbers], Judged]:
             raise Missing
         if not fallen:
             return "does not hold", "nothing collapses without masks, so there is nothing to rescue"
-        saved = [row for row in fallen if row["rescued"]]
-        where = ", ".join(
-            f"{row['optimizer']} {row['condition']} at {row['learning_rate']:g}" for row in saved
-        )
+        learnt = {
+            (row["variant"].rpartition("-")[0], row["training.learning_rate"])
+            for row in numbers["cells"]
+            if not row["variant"].endswith("-none") and _final(row) > row["base_accuracy"] + LEARNT
+        }
+        saved, idle, held = [], [], []
+        for row in fallen:
+            name = f"{row['optimizer']}-{row['condition']}"
+            learns = (name, row["learning_rate"]) in learnt
+            held.append(bool(row["rescued"]) and learns)
+            if row["rescued"]:
+                where = f"{name.replace('-', ' ', 1)} at {row['learning_rate']:g}"
+                (saved if learns else idle).append(where)
         text = f"{len(saved)} of {len(fallen)} collapsing settings rescued"
-        return _word([bool(row["rescued"]) for row in fallen]), text + (
-            f": {where}" if where else ""
-        )
+        if saved:
+            text += f": {', '.join(saved)}"
+        if idle:
+            text += f"; no collapse but nothing learnt: {', '.join(idle)}"
+        return _word(held), text
 
     return judge
 
