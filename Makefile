@@ -11,7 +11,7 @@ VERL   := .venv-verl
 
 .PHONY: demo test test-fast test-verl lint docs docs-serve format clean
 
-# torch 2.13.0 goes first: pip then takes the CPU build and no CUDA package is pulled in.
+# torch 2.13.0 goes first, from whatever index pip is set up with: one of CPU builds pulls in no CUDA package.
 # DeepSpeed's own kernels are not built; ZeRO needs none.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,7 +29,7 @@ test: $(STAMP) lint
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-# verl and TRL want different transformers: an environment of its own. The torch that comes first is a CPU one.
+# verl and TRL want different transformers: an environment of its own. Torch goes first here as well.
 $(VERL)/.installed: pyproject.toml constraints-verl.txt
 	test -x $(VERL)/bin/python || $(PYTHON) -m venv $(VERL)
 	$(VERL)/bin/python -m pip install --quiet --upgrade pip

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A policy of 54 M parameters on word problems, conservative and aggressive: about seven minutes on one
-# H100 or H200, pre-training included. Nothing but the CAPO of this checkout, with the extras trl and tasks.
+# A policy of 54 M parameters on word problems, conservative and aggressive: planned for seven minutes on one
+# H100 or H200, pre-training included; not run yet. Nothing but the CAPO of this checkout, with the extras trl and tasks.
 #
 #     benchmarks/gpu_policy.sh OUT            # OUT/runs.tar.gz and OUT/summary.json
 #     benchmarks/gpu_policy.sh OUT --rehearse # the same stages on a CPU in two minutes, for no result

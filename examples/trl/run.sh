@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GRPO in TRL with CAPO's trust region, on one node.
+# GRPO in TRL with CAPO's trust region, on one node. Needs the extras trl and tasks (math-verify grades).
 #
 #   MODEL=… DATA=… examples/trl/run.sh [ddp|fsdp2|zero3] [more options of CAPOConfig]
 # To see on CPUs that a script runs before it is given GPUs:

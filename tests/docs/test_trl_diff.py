@@ -65,5 +65,5 @@ def test_the_new_settings_are_taken(tmp_path) -> None:
     config = named(sides()["new"])["CAPOConfig"](
         **{**settings, "output_dir": str(tmp_path)}, use_cpu=True, bf16=False
     )
-    assert config.rule() is not None
+    assert config.rule() is None  # masks and the trust region are not to be combined unasked
     assert config.region() is not None
