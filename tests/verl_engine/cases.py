@@ -18,6 +18,7 @@ class Case:
         save: a checkpoint's name, written after the first update.
         resume: a checkpoint's name, read before the first.
         policy: which of :func:`verl_engine.job.prepare`'s.
+        optimizer: of torch.optim.
         after_death: whether it resumes what a killed run left.
         die: whether the last process is killed, as by the kernel, after the first update.
     """
@@ -32,6 +33,7 @@ class Case:
     remove_padding: bool = False
     dynamic: bool = False
     dtype: str = "fp32"
+    optimizer: str = "AdamW"
     overrides: tuple[str, ...] = ()
     updates: int = 1
     save: str | None = None
@@ -47,6 +49,7 @@ TRUST = "{trust_region:{policy_shift:2e-3,sequences:4}}"
 STEP = "{trust_region:{policy_shift:5e-6,sequences:null}}"
 BOTH = "{selection:{policy_shift:8e-5},curvature_top_k:null,trust_region:auto,fisher:exact}"
 TIGHT = "{selection:{policy_shift:8e-6}}"
+FAST = ("actor_rollout_ref.actor.optim.lr=1e-1",)
 MONITOR = "{monitor:{thresholds:{policy_shift:3e-4},sequences:null}}"
 LOW = "{selection:{policy_shift:1e-4},trust_region:{predictor:head,policy_shift:1e-3}}"
 
@@ -91,6 +94,8 @@ _ALL = [
     Case("stock-packed", None, vendor=None, remove_padding=True, dynamic=True),
     Case("monitored-bfloat16", MONITOR, dtype="bf16"),
     Case("stock-bfloat16", None, vendor=None, dtype="bf16"),
+    Case("monitored-sgd", MONITOR, optimizer="SGD", overrides=FAST),
+    Case("stock-sgd", None, vendor=None, optimizer="SGD", overrides=FAST),
     Case("monitored-through", MONITOR, updates=2, mini_batch=8),
     Case("monitored-first-half", MONITOR, save="monitored-half", mini_batch=8),
     Case("monitored-second-half", MONITOR, resume="monitored-half", mini_batch=8),

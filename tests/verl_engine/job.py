@@ -134,8 +134,7 @@ def configs(case: Case, folder: Path, world: int) -> tuple[Any, Any]:
         "actor_rollout_ref.model.enable_gradient_checkpointing=True",
         "actor_rollout_ref.actor.strategy=fsdp2",
         "actor_rollout_ref.actor.optim.lr=1e-4",
-        # Adam's first step is a sign: rounding of a vanishing gradient must not decide it.
-        "+actor_rollout_ref.actor.optim.override_optimizer_config.eps=1e-4",
+        f"actor_rollout_ref.actor.optim.optimizer={case.optimizer}",
         "actor_rollout_ref.actor.optim.total_training_steps=100",
         f"actor_rollout_ref.actor.ppo_mini_batch_size={case.mini_batch}",
         f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={case.micro_batch // world}",
@@ -147,6 +146,9 @@ def configs(case: Case, folder: Path, world: int) -> tuple[Any, Any]:
         "actor_rollout_ref.rollout.n=2",
         *case.overrides,
     ]
+    if "Adam" in case.optimizer:
+        # Adam's first step is a sign: rounding of a vanishing gradient must not decide it.
+        overrides.append("+actor_rollout_ref.actor.optim.override_optimizer_config.eps=1e-4")
     if case.capo is not None:
         overrides += [CAPO_CONFIG, f"+actor_rollout_ref.actor.fsdp_config.capo={case.capo}"]
     with initialize_config_module("verl.trainer.config", version_base=None):

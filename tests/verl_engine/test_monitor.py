@@ -17,6 +17,7 @@ PAIRS = {
     "monitored-lora": "stock-lora",
     "monitored-packed": "stock-packed",
     "monitored-bfloat16": "stock-bfloat16",
+    "monitored-sgd": "stock-sgd",
 }
 ALWAYS = (
     "policy_shift/p99",

@@ -119,7 +119,10 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     @property
     def last_policy_shift(self) -> float | None:
-        """Measured policy shift of the last optimizer step (nats a token); None without `trust_region`."""
+        """Measured policy shift of the last step that was measured (nats a token), or None.
+
+        With several passes a step is measured by the next pass over its completions.
+        """
         return None if self._control is None else self._control.last_policy_shift
 
     @property
