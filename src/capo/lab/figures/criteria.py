@@ -314,7 +314,9 @@ def masks_rescue(*optimizers: str) -> Callable[[Numbers], Judged]:
             for row in numbers["cells"]
             if not row["variant"].endswith("-none") and _final(row) > row["base_accuracy"] + LEARNT
         }
-        saved, idle, held = [], [], []
+        saved: list[str] = []
+        idle: list[str] = []
+        held: list[bool] = []
         for row in fallen:
             name = f"{row['optimizer']}-{row['condition']}"
             learns = (name, row["learning_rate"]) in learnt
