@@ -133,6 +133,13 @@ class _Worker:
 
     def _ask(self, line: bytes) -> str | None:
         """The worker's answer; None if it died before it began."""
+        try:
+            return self._exchange(line)
+        except BaseException:  # an interrupt, say: the answer that is on its way is no later job's
+            self.stop()
+            raise
+
+    def _exchange(self, line: bytes) -> str | None:
         process = self._process or self._start()
         begun = self._reply(START_LIMIT) if self._send(process, line) else None
         if begun is None:
