@@ -206,3 +206,34 @@ def test_a_grader_that_does_not_exist_is_an_error(pool: GradingPool) -> None:
 def test_bad_arguments(arguments: tuple[int, float]) -> None:
     with pytest.raises(InputError):
         GradingPool(*arguments)
+
+
+def test_an_interrupted_grade_leaves_no_answer_behind() -> None:
+    """Else every reward from then on is that of the completion before."""
+    pool = GradingPool(1, LIMIT)
+    slow = gym("(((9**99)**99)**99)**99", "countdown")
+    pool.grade([gym("1", "countdown")])
+    assert pool.grade([math("\\boxed{7}", "7")]) == [1.0]
+
+    def interrupt(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(TimeoutError):
+            pool.grade([slow])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    found = [pool.grade([math(f"\\boxed{{{n}}}", "7")])[0] for n in (1, 7, 1, 2)]
+    assert found == [0.0, 1.0, 0.0, 0.0]
+    pool.close()
+
+
+def test_a_worker_can_write_no_file(pool: GradingPool) -> None:
+    """Whatever runs in it: the kernel sees to it, and lets nobody take it back."""
+    for pid in pids(pool):
+        limits = Path(f"/proc/{pid}/limits").read_text()
+        (line,) = [row for row in limits.splitlines() if row.startswith("Max file size")]
+        assert line.split()[3:5] == ["0", "0"]

@@ -7,6 +7,7 @@ an index, and scores what a completion says between ``<answer>`` and ``</answer>
 from __future__ import annotations
 
 import ast
+import builtins
 import dataclasses
 import difflib
 import hashlib
@@ -15,6 +16,7 @@ import itertools
 import json
 import re
 import sys
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -41,6 +43,8 @@ _FUNCTIONS = frozenset(
     {"sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh"}
     | {"exp", "log", "ln", "sqrt", "abs", "Abs", "Rational"}
 )
+_NAME = r"[^\W\d]\w*"
+_BUILT_IN = frozenset(dir(builtins)) - _FUNCTIONS
 _DATA = (ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Load)
 _FORMULA = (ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.Name, ast.Call)
 
@@ -190,7 +194,9 @@ def grade_job(payload: dict[str, Any]) -> float:
 
     name, key, seed, index = payload["entry"]
     answer = extract_answer(payload["completion"])
-    if answer is None or (evaluates_answers(name) and not is_inert(answer)):
+    if answer is None:
+        return 0.0
+    if evaluates_answers(name) and not is_inert(answer, texts=not sympifies(name)):
         return 0.0
     return float(_dataset(name, key, seed).score_answer(answer, _entry(name, key, seed, index)))
 
@@ -198,30 +204,44 @@ def grade_job(payload: dict[str, Any]) -> float:
 @lru_cache
 def evaluates_answers(dataset: str) -> bool:
     """Whether the dataset's source evaluates what a completion says, as Python or through sympy."""
+    return bool(_EVALUATES.search(_source(dataset)))
+
+
+@lru_cache
+def sympifies(dataset: str) -> bool:
+    """Whether the dataset's source uses sympy, which evaluates the texts that it meets in an answer again."""
+    return "sympy" in _source(dataset)
+
+
+def _source(dataset: str) -> str:
     from reasoning_gym.factory import DATASETS
 
-    return bool(_EVALUATES.search(inspect.getsource(sys.modules[DATASETS[dataset][0].__module__])))
+    return inspect.getsource(sys.modules[DATASETS[dataset][0].__module__])
 
 
-def is_inert(answer: str) -> bool:
+def is_inert(answer: str, *, texts: bool = False) -> bool:
     """Whether evaluating ``answer`` could do nothing but arithmetic.
 
-    Allowed are literals, lists of them, and formulas of numbers, names and a few functions; text
-    that is no Python expression may not call anything either, for sympy rewrites some of it first.
+    Allowed are numbers, lists of them, and formulas of numbers, names and a few functions; with ``texts``
+    literal texts as well. What is no Python expression may not call anything either, nor name what Python
+    has built in, for sympy rewrites some of it first.
     """
     try:
         nodes = list(ast.walk(ast.parse(answer.strip(), mode="eval")))
     except (SyntaxError, ValueError, MemoryError, RecursionError):
-        calls = re.findall(r"([^\W\d]\w*)\s*\(", answer)
-        plain = not re.search(r"__|\.\s*[^\W\d]|[\"'`@\\:=]", answer)
-        return plain and _FUNCTIONS.issuperset(calls)
+        answer = unicodedata.normalize("NFKC", answer)  # as Python reads names
+        names, calls = re.findall(_NAME, answer), re.findall(rf"({_NAME})\s*\(", answer)
+        plain = not re.search(r"__|\.\s*[^\W\d]|[\"'`@\\:=#]|[)\]}]\s*\(", answer)
+        return plain and _FUNCTIONS.issuperset(calls) and not _BUILT_IN.intersection(names)
+    literals = [n.value for n in nodes if isinstance(n, ast.Constant)]
+    said = any(isinstance(value, str | bytes) for value in literals)
     if all(isinstance(node, _DATA) for node in nodes):
-        return True
+        return texts or not said
     powers = [n.right for n in nodes if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Pow)]
     called = [node.func for node in nodes if isinstance(node, ast.Call)]
     return (
         all(isinstance(node, _DATA + _FORMULA) for node in nodes)
-        and not any(isinstance(n, ast.Constant) and isinstance(n.value, str | bytes) for n in nodes)
+        and not said
         and not any(isinstance(node, ast.Name) and "__" in node.id for node in nodes)
         and all(_is_small(exponent) for exponent in powers)
         and all(isinstance(func, ast.Name) and func.id in _FUNCTIONS for func in called)

@@ -1,11 +1,15 @@
 """The process that grades: one job a line comes in, one verdict a line goes out.
 
-Started by `capo.tasks.pool` as ``python -m capo.tasks.worker LIMIT``; not for use by hand. Whatever
-a completion says, three things hold. Time: a job that has used its CPU seconds is interrupted, and
-where Python is not reached (one huge integer) the kernel ends the process a second later, also when
-the parent is long gone. Memory is bounded. And while a job runs, an audit hook forbids to write
-files, to start processes and to open connections; graders that would evaluate a completion are
-never given one that calls anything (see `capo.tasks.reasoning`): the hook is the second line.
+Started by `capo.tasks.pool` as ``python -m capo.tasks.worker LIMIT``; not for use by hand. What keeps a
+completion from running code is that graders which evaluate it are given arithmetic only (see
+`capo.tasks.reasoning`). Beside that, whatever a completion says: a job that has used its CPU seconds is
+interrupted, and where Python is not reached (one huge integer) the kernel ends the process a second later,
+also when the parent is long gone; memory is bounded; and the kernel lets the process write no file and,
+unless it is root's, start no other.
+
+While a job runs an audit hook also refuses to write, remove and start things and to open connections. It
+is a net under mistakes of the graders' own and no wall: it is made of Python, and code that runs in this
+process can reach it, and its own reward as well.
 """
 
 from __future__ import annotations
@@ -95,7 +99,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # what a library prints is no verdict
-    _bound_memory()
+    _bound(AS=MEMORY, CORE=0)
     guard, prepared = _Guard(float(sys.argv[1])), dict[str, Grader]()
     for line in sys.stdin.buffer:
         try:
@@ -105,6 +109,7 @@ def main() -> None:
                 grader: Any = importlib.import_module(GRADERS[kind])
                 grader.prepare_grading()
                 prepared[kind] = grader
+                _bound(FSIZE=0, NPROC=0)  # importing may have written caches
         except Exception as error:
             replies.write(f"failed {type(error).__name__}: {error}".replace("\n", " ") + "\n")
             continue
@@ -121,12 +126,14 @@ def _grade(grader: Grader, job: dict[str, Any], guard: _Guard) -> float:
         return 0.0
 
 
-def _bound_memory() -> None:
-    with contextlib.suppress(ImportError, ValueError, OSError):
+def _bound(**limits: int) -> None:
+    """Limits that the kernel sees to: no way back, whatever runs here."""
+    with contextlib.suppress(ImportError):
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        for name, most in limits.items():
+            with contextlib.suppress(ValueError, OSError):  # lower already
+                resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
 
 
 if __name__ == "__main__":
