@@ -116,3 +116,27 @@ def test_bad_parameters(params: dict[str, Any], field: str) -> None:
     with pytest.raises(InputError) as error:
         load_task("math", **params)
     assert error.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("task", "parameters", "field"),
+    [
+        ("math", {"path": 5}, "path"),
+        ("math", {"path": "x.jsonl", "eval_split": 3}, "eval_split"),
+        ("math", {"path": "x.jsonl", "template": 1}, "template"),
+        ("math", {"path": "x.jsonl", "max_completion_tokens": "many"}, "max_completion_tokens"),
+        ("reasoning_gym", {"dataset": 5}, "dataset"),
+        ("reasoning_gym", {"dataset": "leg_counting", "parameters": 1}, "parameters"),
+        (
+            "reasoning_gym",
+            {"dataset": "leg_counting", "max_completion_tokens": 0},
+            "max_completion_tokens",
+        ),
+    ],
+)
+def test_what_is_of_another_kind_is_named(
+    task: str, parameters: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InputError) as error:
+        load_task(task, **parameters)
+    assert error.value.field == field

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from capo.core.errors import InputError
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -19,6 +21,33 @@ class Problem:
     prompt: str
     answer: str
     id: str
+
+
+def check_texts(task: object, *fields: str) -> None:
+    """Refuse what a command line or a file has given as something else.
+
+    Raises:
+        InputError: a field of ``task`` is no text.
+    """
+    for field in fields:
+        value = getattr(task, field)
+        if not isinstance(value, str):
+            raise InputError(field, f"must be text, got {value!r}.")
+
+
+def check_prompting(template: object, max_completion_tokens: object) -> None:
+    """Refuse what nothing can be asked with.
+
+    Raises:
+        InputError: a template without ``{problem}``, or a limit that is no integer of at least 1.
+    """
+    if not isinstance(template, str) or "{problem}" not in template:
+        raise InputError("template", f"must contain {{problem}}, got {template!r}.")
+    if type(max_completion_tokens) is not int or max_completion_tokens < 1:
+        raise InputError(
+            "max_completion_tokens",
+            f"must be an integer of at least 1, got {max_completion_tokens!r}.",
+        )
 
 
 @runtime_checkable

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from capo.core.errors import InputError
-from capo.tasks.base import Problem
+from capo.tasks.base import Problem, check_prompting, check_texts
 from capo.tasks.math_grading import final_answer, stated_answer
 
 _HELD_OUT_ONE_IN = 10
@@ -56,10 +56,11 @@ class MathProblems:
 
     def __post_init__(self) -> None:
         """Read the files and keep the splits apart."""
-        if "{problem}" not in self.template:
-            raise InputError("template", "must contain {problem}.")
-        if self.max_completion_tokens < 1:
-            raise InputError("max_completion_tokens", "must be at least 1.")
+        check_texts(self, "path", "split")
+        for name in ("eval_path", "eval_split", "config"):
+            if getattr(self, name) is not None:
+                check_texts(self, name)
+        check_prompting(self.template, self.max_completion_tokens)
         problems = self._read(self.path, self.split, "path")
         if self.eval_path is None and self.eval_split is None:
             held_out = {key: p for key, p in problems.items() if _is_held_out(key)}

@@ -23,7 +23,7 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 from capo.core.errors import InputError
-from capo.tasks.base import Problem
+from capo.tasks.base import Problem, check_prompting, check_texts
 from capo.tasks.pool import LONGEST
 
 TEMPLATE = (
@@ -81,10 +81,10 @@ class ReasoningGym:
 
     def __post_init__(self) -> None:
         """Check the parameters by making the dataset once."""
-        if "{problem}" not in self.template:
-            raise InputError("template", "must contain {problem}.")
-        if self.max_completion_tokens < 1:
-            raise InputError("max_completion_tokens", "must be at least 1.")
+        check_texts(self, "dataset")
+        check_prompting(self.template, self.max_completion_tokens)
+        if not isinstance(self.parameters, dict):
+            raise InputError("parameters", f"must be a table, got {self.parameters!r}.")
         largest = self.largest_number
         if largest is not None and (type(largest) is not int or largest < 1):
             raise InputError(
