@@ -121,3 +121,41 @@ def test_stated_answer() -> None:
     assert stated_answer(r"\boxed{a{b}c} and \boxed{d") == "a{b}c"
     assert stated_answer("#### 3\n#### 1,000 ") == "1000 "
     assert stated_answer("nothing") is None
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "right"),
+    [
+        (r"\boxed{5\text{ or }7}", "5", False),
+        (r"\boxed{5\text{ and }6\text{ and }7}", "5", False),
+        (r"\boxed{5\text{ million}}", "5", False),
+        (r"\boxed{5\text{ million}}", "5000000", True),
+        (r"\boxed{5\text{ million dollars}}", "5,000,000", True),
+        (r"\boxed{3\text{ feet }4\text{ inches}}", "3", False),
+        (r"\boxed{5}", r"5\text{ or }7", False),
+        (r"\boxed{5\text{ cm}^2}", "5", True),
+        (r"\boxed{9.8\ \text{m}/\text{s}^{2}}", "9.8", True),
+        (r"\boxed{4 \text{ kg} \cdot \text{m/s}}", "4", True),
+        (r"\boxed{2.5}", "2 1/2", True),
+        (r"\boxed{10.5}", "2 1/2", False),
+        (r"\boxed{2 1/2}", "21/2", False),
+        (r"\boxed{-2 1/2}", "-2.5", True),
+        (r"\boxed{1 2}", "12", False),
+        (r"\boxed{12}", "1 2", False),
+        (r"\boxed{1 000 000}", "1000000", True),
+        (r"\boxed{1\,000\,000}", "1000000", True),
+        ("so\n#### (1,2)", "(1,2)", True),
+        ("so\n#### 1, 2", "1, 2", True),
+        ("so\n#### 1,234", "1234", True),
+        ("so\n#### $1,234.50", "1234.5", True),
+        ("#### Step 1\nAdd.\nThe answer is 7.", "7", True),
+        ("##### 7", "8", False),
+        ("The answer is 5. Check: 3+4 = 7", "7", False),
+        ("The answer is 7. Check: 3+4 = 7", "7", True),
+        ("The answer is $x = 7$.", "7", True),
+        (r"\boxed{1234567.5}", "1234567", False),
+        (r"\boxed{0.333333}", r"\frac{1}{3}", True),
+    ],
+)
+def test_what_a_number_is_and_where_it_stands(completion: str, answer: str, right: bool) -> None:
+    assert grade_math(completion, answer) == float(right)

@@ -16,7 +16,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from capo.tasks.math_numbers import equal_numbers, plain_number, unwrapped
+from capo.tasks.math_numbers import equal_numbers, is_split, plain_number, unwrapped
 
 _TAIL = 4_000  # characters of a completion that are looked at: the final answer is at its end
 _LONGEST_ANSWER = 256  # characters
@@ -31,7 +31,10 @@ _FACTORIAL = re.compile(r"[0-9)}\]!]\s*!")  # "Great! It is 7." has none
 _EXPONENT = re.compile(r"[eE]([+-]?[0-9]+)")
 _SUBSCRIPT = re.compile(r"[A-Za-z}]\s*_")
 _PHRASE = re.compile(r"(?i:\banswer\s*(?:is|:|=)\s*:?)([^\n]{1,300})")
-_FINAL_MARK = re.compile(r"####\s*([^\n]+)")
+_FINAL_MARK = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]+)")
+_GROUPS = re.compile(r"(?<![0-9,(\[{])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
+_SENTENCE_END = re.compile(r"[.;!]\s")
+_BETWEEN_DIGITS = re.compile(r"(?<=[0-9])\s+(?=[0-9])")
 _SPACING = re.compile(r"\\[,;:! ]|\\left|\\right|\\displaystyle|[\s$]")
 
 
@@ -39,8 +42,8 @@ def grade_math(completion: str, answer: str) -> float:
     """Return 1.0 if the last answer stated in ``completion`` equals ``answer``, else 0.0.
 
     The stated answer is the content of the last ``\\boxed{...}``, else what follows the last
-    ``####``, else what follows the last "answer is", else the last expression that math-verify finds
-    near the end.
+    ``####`` or the last "answer is", whichever comes later, else the last expression that math-verify
+    finds near the end.
 
     Args:
         completion: any text whatever.
@@ -50,9 +53,9 @@ def grade_math(completion: str, answer: str) -> float:
     stated = stated_answer(tail)
     if stated is not None:
         return float(_same(stated, answer))
-    phrases = _PHRASE.findall(tail[-_LAST_WORDS - _LONGEST_ANSWER :])
-    if phrases and _same(phrases[-1].strip(" $.*"), answer):
-        return 1.0
+    phrase = _phrase(tail)
+    if phrase is not None:
+        return float(_same(phrase, answer) or _equal(phrase, answer))
     return float(_equal(tail[-_LAST_WORDS:], answer))
 
 
@@ -61,10 +64,9 @@ def final_answer(completion: str) -> str | None:
     tail = completion[-_TAIL:].replace("\x00", " ")
     stated = stated_answer(tail)
     if stated is None:
-        phrases = _PHRASE.findall(tail[-_LAST_WORDS - _LONGEST_ANSWER :])
-        if not phrases:
-            return None
-        stated = phrases[-1].strip(" $.*")
+        stated = _phrase(tail)
+    if stated is None:
+        return None
     number = plain_number(stated)
     return _normalized(unwrapped(stated)) if number is None else str(number)
 
@@ -77,6 +79,8 @@ def _same(stated: str, answer: str) -> bool:
     number, expected = plain_number(stated), plain_number(answer)
     if number is not None and expected is not None:
         return equal_numbers(number, expected)
+    if expected is not None and is_split(stated):  # which a parser of LaTeX reads as one
+        return False
     return _equal(f"\\boxed{{{stated}}}", answer)
 
 
@@ -96,15 +100,28 @@ def grade_job(payload: dict[str, Any]) -> float:
 
 
 def stated_answer(text: str) -> str | None:
-    """The content of the last complete ``\\boxed{...}``, else what follows the last ``####``."""
+    """The content of the last complete ``\\boxed{...}``, else what follows the last ``####``.
+
+    Exactly four marks, and no later "answer is": else they were a heading's.
+    """
     start = text.rfind("\\boxed{")
     while start >= 0:
         content = _braced(text, start + len("\\boxed"))
         if content is not None:
             return content
         start = text.rfind("\\boxed{", 0, start)
-    marks = _FINAL_MARK.findall(text)
-    return str(marks[-1]).replace(",", "") if marks else None
+    marks = list(_FINAL_MARK.finditer(text))
+    if not marks or _PHRASE.search(text, marks[-1].end()):
+        return None
+    return _GROUPS.sub(lambda number: number[0].replace(",", ""), marks[-1][1])
+
+
+def _phrase(tail: str) -> str | None:
+    """What follows the last "answer is", to the end of the sentence or line."""
+    phrases = _PHRASE.findall(tail[-_LAST_WORDS - _LONGEST_ANSWER :])
+    if not phrases:
+        return None
+    return str(_SENTENCE_END.split(phrases[-1], maxsplit=1)[0]).strip(" $.*")
 
 
 def _braced(text: str, opening: int) -> str | None:
@@ -118,7 +135,7 @@ def _braced(text: str, opening: int) -> str | None:
 
 
 def _normalized(text: str) -> str:
-    bare = _SPACING.sub("", text).rstrip(".")
+    bare = _SPACING.sub("", _BETWEEN_DIGITS.sub("␣", text)).rstrip(".")
     return bare.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
 
 

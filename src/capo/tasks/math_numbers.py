@@ -10,6 +10,7 @@ import re
 from fractions import Fraction
 
 TOLERANCE = Fraction(1, 10**6)  # relative, where one of the two is not an integer
+_FROM_AN_INTEGER = Fraction(1, 1000)  # at most, where one of the two is one
 _LARGEST_EXPONENT = 400
 _LONGEST = 300  # characters
 
@@ -25,7 +26,17 @@ _SCIENTIFIC = re.compile(r"(.+?)[eE]([+-]?[0-9]+)")
 _FRACTION = re.compile(
     r"([+-]?)\\[dt]?frac(?:\{([^{}]+)\}\{([^{}]+)\}|([0-9])\{([0-9]+)\}|([0-9])([0-9]))"
 )
-_UNITS = re.compile(r"(?:\\?\s|~|\\,)*\\(?:text|mathrm|textrm|mbox)\s*\{(?!\s*[+-]?[0-9]).*")
+_JOINT = r"(?:\s|~|/|\\[,;:! ]|\\cdot)*"
+_UNIT = r"\\(?:text|mathrm|textrm|mbox)\s*\{([^{}0-9]*)\}(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
+_UNITS = re.compile(rf"{_JOINT}(?:{_UNIT}{_JOINT})+\.?\s*$")
+_NO_UNIT = frozenset({"or", "and", "to", "by", "dozen", "hundred"})
+_THOUSANDS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SPLIT = re.compile(r"(?<=[0-9])\s+(?=[0-9])")
+_WORDS_BETWEEN = re.compile(
+    r"[0-9]\s*\\(?:text|mathrm|textrm|mbox)\s*\{[^{}]*[A-Za-z][^{}]*\}\s*[0-9]"
+)
+_MIXED = re.compile(r"([+-]?)([0-9]+) ([0-9]+)/([0-9]+)")
+_SPACED = re.compile(r"[+-]?[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]*)?")
 
 
 def plain_number(text: str) -> Fraction | None:
@@ -33,7 +44,18 @@ def plain_number(text: str) -> Fraction | None:
     if len(text) > _LONGEST:
         return None
     number = _number(_bare(text))
-    return _number(_bare(_UNITS.sub("", text, count=1))) if number is None else number
+    unit = _UNITS.search(text)
+    if number is not None or unit is None:
+        return number
+    words = re.findall(r"[a-z]+", unit[0].lower())
+    number = None if _NO_UNIT.intersection(words) else _number(_bare(text[: unit.start()]))
+    thousands = sum(_THOUSANDS.get(word, 0) for word in words)
+    return None if number is None else number * 10**thousands
+
+
+def is_split(text: str) -> bool:
+    """Whether two numbers stand side by side, with white space or words between them."""
+    return _SPLIT.search(text) is not None or _WORDS_BETWEEN.search(text) is not None
 
 
 def unwrapped(text: str) -> str:
@@ -42,14 +64,18 @@ def unwrapped(text: str) -> str:
 
 
 def equal_numbers(one: Fraction, other: Fraction) -> bool:
-    """Integers exactly, others to a relative 1e-6: 0.333333 is a third."""
+    """Integers exactly, others to a relative 1e-6: 0.333333 is a third, 1234567.5 no integer."""
     if one.denominator == other.denominator == 1:
         return one == other
-    return abs(one - other) <= TOLERANCE * max(abs(one), abs(other))
+    allowed = TOLERANCE * max(abs(one), abs(other))
+    if 1 in (one.denominator, other.denominator):
+        allowed = min(allowed, _FROM_AN_INTEGER)
+    return abs(one - other) <= allowed
 
 
 def _bare(text: str) -> str:
-    text = _SPACING.sub("", unwrapped(text)).replace("{,}", ",").replace("−", "-")
+    parts = [_SPACING.sub("", part) for part in _SPLIT.split(unwrapped(text))]
+    text = " ".join(parts).replace("{,}", ",").replace("−", "-")
     text = text.removesuffix(".")
     if text[:1] == "{" and text[-1:] == "}":
         text = text[1:-1]
@@ -57,8 +83,13 @@ def _bare(text: str) -> str:
 
 
 def _number(text: str) -> Fraction | None:
-    if _GROUPED.fullmatch(text):
-        text = text.replace(",", "")
+    if _GROUPED.fullmatch(text) or _SPACED.fullmatch(text):
+        text = text.replace(",", "").replace(" ", "")
+    mixed = _MIXED.fullmatch(text)
+    if mixed:
+        sign, whole, over, under = mixed.groups()
+        part = _ratio(over, under, 1)
+        return None if part is None else (int(whole) + part) * (-1 if sign == "-" else 1)
     if _DECIMAL.fullmatch(text):
         return Fraction(text)
     for pattern in (_POWER, _SCIENTIFIC):
