@@ -106,7 +106,7 @@ def test_a_tower_of_powers_is_interrupted_by_the_kernel(tmp_path: Path) -> None:
         pool.close()
 
 
-@pytest.mark.parametrize("dataset", ["countdown", "polynomial_multiplication", "binary_matrix"])
+@pytest.mark.parametrize("dataset", ["countdown", "simple_integration", "binary_matrix"])
 @pytest.mark.parametrize(
     "code",
     [
@@ -114,6 +114,8 @@ def test_a_tower_of_powers_is_interrupted_by_the_kernel(tmp_path: Path) -> None:
         "[open({path!r}, 'w')]",
         "[c for c in ().__class__.__base__.__subclasses__()] or open({path!r}, 'w')",
         "sin('open({path!r}, chr(119))')",
+        """'open("{path}", chr(119))'""",
+        "5! + (open)(({path!r}), (chr)(119))",
     ],
 )
 def test_nothing_of_a_completion_is_executed(
@@ -121,6 +123,31 @@ def test_nothing_of_a_completion_is_executed(
 ) -> None:
     path = tmp_path / "touched"
     assert pool.grade([gym(code.format(path=str(path)), dataset)])[0] < 1
+    assert not path.exists()
+
+
+def quoted(code: str) -> str:
+    """An answer in quotes that sympy would evaluate where it expects an expression."""
+    return repr(f"exec({code!r}) or 0")
+
+
+def test_an_answer_cannot_change_the_question(pool: GradingPool) -> None:
+    code = (
+        "import sys\nframe = sys._getframe()\n"
+        "while 'integrand' not in frame.f_locals.get('metadata', ()): frame = frame.f_back\n"
+        "frame.f_locals['metadata']['integrand'] = '0'"
+    )
+    assert pool.grade([gym(quoted(code), "simple_integration")]) == [0.0]
+
+
+def test_an_answer_cannot_take_the_guard_away(pool: GradingPool, tmp_path: Path) -> None:
+    path = tmp_path / "touched"
+    code = (
+        "import sys\nframe = sys._getframe()\n"
+        "while 'guard' not in frame.f_locals: frame = frame.f_back\n"
+        f"frame.f_locals['guard'].armed = False\nopen({str(path)!r}, 'w')"
+    )
+    assert pool.grade([gym(quoted(code), "simple_integration")]) == [0.0]
     assert not path.exists()
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from pathlib import Path
 
 import pytest
 
 from capo import InputError
 from capo.tasks import Task, grade_many, load_task
-from capo.tasks.reasoning import ReasoningGym, evaluates_answers, is_inert, sympifies
+from capo.tasks.reasoning import ReasoningGym
 
 
 def test_splits_are_disjoint_and_deterministic() -> None:
@@ -92,67 +91,3 @@ def test_a_split_that_runs_out_says_how_much_there_is() -> None:
     task = load_task("reasoning_gym", dataset="leg_counting", **few)
     with pytest.raises(InputError, match=r"must be at most [0-9]+, the held-out questions found"):
         task.eval_problems(100, 0)
-
-
-def test_which_datasets_evaluate() -> None:
-    evaluating = ("countdown", "puzzle24", "binary_matrix", "n_queens", "simple_integration")
-    assert all(evaluates_answers(name) for name in evaluating)
-    assert not evaluates_answers("leg_counting")
-
-
-@pytest.mark.parametrize(
-    ("answer", "inert"),
-    [
-        ("(3 + 4) * 5 - 2**3", True),
-        ("x**2/2 - sin(x) + C", True),
-        ("[[0, 1], [1, 0]]", True),
-        ("['A', 'B']", False),
-        ("'open(1)'", False),
-        ("5! + (eval)((chr)(49))", False),
-        ("5! + (eval#\n((chr)(49)))", False),
-        ("5! + ｅｖａｌ (x)", False),
-        ("x ! + sympify + eval", False),
-        ("0 1\n1 0", True),
-        ("5!", True),
-        ("9**9**9", False),
-        ("x**(9*9*9)", False),
-        ("x**-2 + x**(1/2)", True),
-        ("__import__('os').system('true')", False),
-        ("open('f', 'w')", False),
-        ("sin('open(1)')", False),
-        ("(1).real", False),
-        ("[x for x in range(3)]", False),
-        ("lambda: 1", False),
-        ("open(1)!", False),
-        ("x.y z", False),
-        ("(" * 100_000, True),
-    ],
-)
-def test_inert(answer: str, inert: bool) -> None:
-    assert is_inert(answer) is inert
-
-
-def test_texts_are_for_datasets_without_sympy() -> None:
-    """sympy evaluates a text that it meets in an answer; a list of texts is what string_insertion asks."""
-    assert is_inert("['A', 'B']", texts=True)
-    assert [sympifies(name) for name in ("simple_integration", "countdown", "puzzle24")] == [
-        True
-    ] * 3
-    assert [sympifies(name) for name in ("string_insertion", "n_queens")] == [False] * 2
-
-
-@pytest.mark.parametrize(
-    "payload",
-    [
-        "'open({0!r}, chr(119)).close() or 0'",
-        "['open({0!r}, chr(119)).close() or 0']",
-        "5! + (open)((chr)(49))",
-    ],
-)
-def test_a_completion_runs_nothing(tmp_path: Path, payload: str) -> None:
-    target = tmp_path / "written"
-    task = load_task("reasoning_gym", dataset="simple_integration")
-    problem = task.train_problems(1, 0)[0]
-    completion = f"<answer>{payload.format(str(target))}</answer>"
-    assert task.grade(completion, problem) < 1.0
-    assert not target.exists()

@@ -6,17 +6,13 @@ an index, and scores what a completion says between ``<answer>`` and ``</answer>
 
 from __future__ import annotations
 
-import ast
-import builtins
+import copy
 import dataclasses
 import difflib
 import hashlib
-import inspect
 import itertools
 import json
 import re
-import sys
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -24,6 +20,7 @@ from typing import Any, ClassVar
 
 from capo.core.errors import InputError
 from capo.tasks.base import Problem, check_prompting, check_texts
+from capo.tasks.inert import evaluation, is_data, is_formula
 from capo.tasks.pool import LONGEST
 
 TEMPLATE = (
@@ -33,20 +30,8 @@ TEMPLATE = (
 _HELD_OUT_ONE_IN = 5
 _TRIES = 20  # questions generated for one wanted, before the dataset counts as exhausted
 _SIZE = 1 << 20  # virtual: questions are made when they are asked for
-_LARGEST_EXPONENT = 100
 _OURS = ("seed", "size")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
-_EVALUATES = re.compile(
-    r"\b(eval|exec|parse_expr|sympify|simplify)\(\s*(answer|user|S\b)|parse_expr\("
-)
-_FUNCTIONS = frozenset(
-    {"sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh"}
-    | {"exp", "log", "ln", "sqrt", "abs", "Abs", "Rational"}
-)
-_NAME = r"[^\W\d]\w*"
-_BUILT_IN = frozenset(dir(builtins)) - _FUNCTIONS
-_DATA = (ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Load)
-_FORMULA = (ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.Name, ast.Call)
 
 
 @dataclass(frozen=True)
@@ -194,70 +179,22 @@ def grade_job(payload: dict[str, Any]) -> float:
 
     name, key, seed, index = payload["entry"]
     answer = extract_answer(payload["completion"])
-    if answer is None:
+    dataset = _dataset(name, key, seed)
+    if answer is None or not _is_inert(answer, name, dataset.config):
         return 0.0
-    if evaluates_answers(name) and not is_inert(answer, texts=not sympifies(name)):
-        return 0.0
-    return float(_dataset(name, key, seed).score_answer(answer, _entry(name, key, seed, index)))
+    # A copy: what a scorer does to its entry must not meet the next completion.
+    return float(dataset.score_answer(answer, copy.deepcopy(_entry(name, key, seed, index))))
 
 
-@lru_cache
-def evaluates_answers(dataset: str) -> bool:
-    """Whether the dataset's source evaluates what a completion says, as Python or through sympy."""
-    return bool(_EVALUATES.search(_source(dataset)))
-
-
-@lru_cache
-def sympifies(dataset: str) -> bool:
-    """Whether the dataset's source uses sympy, which evaluates the texts that it meets in an answer again."""
-    return "sympy" in _source(dataset)
-
-
-def _source(dataset: str) -> str:
-    from reasoning_gym.factory import DATASETS
-
-    return inspect.getsource(sys.modules[DATASETS[dataset][0].__module__])
-
-
-def is_inert(answer: str, *, texts: bool = False) -> bool:
-    """Whether evaluating ``answer`` could do nothing but arithmetic.
-
-    Allowed are numbers, lists of them, and formulas of numbers, names and a few functions; with ``texts``
-    literal texts as well. What is no Python expression may not call anything either, nor name what Python
-    has built in, for sympy rewrites some of it first.
-    """
-    try:
-        nodes = list(ast.walk(ast.parse(answer.strip(), mode="eval")))
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        answer = unicodedata.normalize("NFKC", answer)  # as Python reads names
-        names, calls = re.findall(_NAME, answer), re.findall(rf"({_NAME})\s*\(", answer)
-        plain = not re.search(r"__|\.\s*[^\W\d]|[\"'`@\\:=#]|[)\]}]\s*\(", answer)
-        return plain and _FUNCTIONS.issuperset(calls) and not _BUILT_IN.intersection(names)
-    literals = [n.value for n in nodes if isinstance(n, ast.Constant)]
-    said = any(isinstance(value, str | bytes) for value in literals)
-    if all(isinstance(node, _DATA) for node in nodes):
-        return texts or not said
-    powers = [n.right for n in nodes if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Pow)]
-    called = [node.func for node in nodes if isinstance(node, ast.Call)]
-    return (
-        all(isinstance(node, _DATA + _FORMULA) for node in nodes)
-        and not said
-        and not any(isinstance(node, ast.Name) and "__" in node.id for node in nodes)
-        and all(_is_small(exponent) for exponent in powers)
-        and all(isinstance(func, ast.Name) and func.id in _FUNCTIONS for func in called)
-    )
-
-
-def _is_small(exponent: ast.expr) -> bool:
-    """Whether an exponent is a plain number; no tower of powers is worth a worker."""
-    if isinstance(exponent, ast.UnaryOp):
-        exponent = exponent.operand
-    if isinstance(exponent, ast.BinOp):  # as in x**(1/2)
-        return isinstance(exponent.op, ast.Div) and _is_small(exponent.left)
-    if isinstance(exponent, ast.Name):
+def _is_inert(answer: str, dataset: str, configuration: Any) -> bool:
+    """Whether the dataset's scorer can do nothing with ``answer`` but score it."""
+    how = evaluation(dataset)
+    if how is None:
         return True
-    value = exponent.value if isinstance(exponent, ast.Constant) else None
-    return isinstance(value, int | float) and abs(value) <= _LARGEST_EXPONENT
+    if how == "python":
+        return is_data(answer)
+    names = (getattr(configuration, name, ()) for name in ("symbols", "variables"))
+    return is_formula(answer, {str(one) for several in names for one in several})
 
 
 def _parameters(dataset: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 Started by `capo.tasks.pool` as ``python -m capo.tasks.worker LIMIT``; not for use by hand. What keeps a
 completion from running code is that graders which evaluate it are given arithmetic only (see
-`capo.tasks.reasoning`). Beside that, whatever a completion says: a job that has used its CPU seconds is
+`capo.tasks.inert`). Beside that, whatever a completion says: a job that has used its CPU seconds is
 interrupted, and where Python is not reached (one huge integer) the kernel ends the process a second later,
 also when the parent is long gone; memory is bounded; and the kernel lets the process write no file and,
 unless it is root's, start no other.
