@@ -158,6 +158,7 @@ def test_data(answer: str) -> None:
 @pytest.mark.parametrize(
     "answer",
     [
+        "oracle_answer",  # what string_insertion calls the right one
         "",
         "print()",
         "[print()]",

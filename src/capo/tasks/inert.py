@@ -31,7 +31,8 @@ _FORMULA_TEXT = re.compile(r"[A-Za-z0-9_.+\-*/(), \t\r\n]*")  # no quote, bracke
 _OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.UAdd, ast.USub)
 _FORMULA = (ast.Expression, ast.BinOp, ast.UnaryOp, *_OPERATORS, ast.Name, ast.Load, ast.Call)
 
-_WORDS = re.compile(r"\s*(?:-?[0-9]+|[A-Za-z_]+)(?:\s+(?:-?[0-9]+|[A-Za-z_]+))*\s*", re.ASCII)
+_WORD = r"(?:-?[0-9]+|[A-Za-z]+|_+)"  # a board's "_ Q _"; no variable of a scorer, as oracle_answer
+_WORDS = re.compile(rf"\s*{_WORD}(?:\s+{_WORD})*\s*", re.ASCII)
 _DATA_TEXT = re.compile(r"[A-Za-z0-9_.+\-'\"\[\](), \t\r\n]*")
 _DATA = (ast.Expression, ast.List, ast.Tuple, ast.Load, ast.UnaryOp, ast.USub, ast.UAdd)
 
