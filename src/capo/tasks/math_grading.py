@@ -16,7 +16,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from capo.tasks.math_numbers import equal_numbers, is_split, plain_number, unwrapped
+from capo.tasks.math_numbers import BETWEEN_DIGITS, equal_numbers, is_split, plain_number, unwrapped
 
 _TAIL = 4_000  # characters of a completion that are looked at: the final answer is at its end
 _LONGEST_ANSWER = 256  # characters
@@ -34,7 +34,6 @@ _PHRASE = re.compile(r"(?i:\banswer\s*(?:is|:|=)\s*:?)([^\n]{1,300})")
 _FINAL_MARK = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]+)")
 _GROUPS = re.compile(r"(?<![0-9,(\[{])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 _SENTENCE_END = re.compile(r"[.;!]\s")
-_BETWEEN_DIGITS = re.compile(r"(?<=[0-9])\s+(?=[0-9])")
 _SPACING = re.compile(r"\\[,;:! ]|\\left|\\right|\\displaystyle|[\s$]")
 
 
@@ -135,7 +134,7 @@ def _braced(text: str, opening: int) -> str | None:
 
 
 def _normalized(text: str) -> str:
-    bare = _SPACING.sub("", _BETWEEN_DIGITS.sub("␣", text)).rstrip(".")
+    bare = _SPACING.sub("", BETWEEN_DIGITS.sub("␣", text)).rstrip(".")
     return bare.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
 
 

@@ -31,7 +31,7 @@ _UNIT = r"\\(?:text|mathrm|textrm|mbox)\s*\{([^{}0-9]*)\}(?:\s*\^\s*(?:\{\s*-?[0
 _UNITS = re.compile(rf"{_JOINT}(?:{_UNIT}{_JOINT})+\.?\s*$")
 _NO_UNIT = frozenset({"or", "and", "to", "by", "dozen", "hundred"})
 _THOUSANDS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_SPLIT = re.compile(r"(?<=[0-9])\s+(?=[0-9])")
+BETWEEN_DIGITS = re.compile(r"(?<=[0-9])\s+(?=[0-9])")
 _WORDS_BETWEEN = re.compile(
     r"[0-9]\s*\\(?:text|mathrm|textrm|mbox)\s*\{[^{}]*[A-Za-z][^{}]*\}\s*[0-9]"
 )
@@ -55,7 +55,7 @@ def plain_number(text: str) -> Fraction | None:
 
 def is_split(text: str) -> bool:
     """Whether two numbers stand side by side, with white space or words between them."""
-    return _SPLIT.search(text) is not None or _WORDS_BETWEEN.search(text) is not None
+    return BETWEEN_DIGITS.search(text) is not None or _WORDS_BETWEEN.search(text) is not None
 
 
 def unwrapped(text: str) -> str:
@@ -74,7 +74,7 @@ def equal_numbers(one: Fraction, other: Fraction) -> bool:
 
 
 def _bare(text: str) -> str:
-    parts = [_SPACING.sub("", part) for part in _SPLIT.split(unwrapped(text))]
+    parts = [_SPACING.sub("", part) for part in BETWEEN_DIGITS.split(unwrapped(text))]
     text = " ".join(parts).replace("{,}", ",").replace("−", "-")
     text = text.removesuffix(".")
     if text[:1] == "{" and text[-1:] == "}":
