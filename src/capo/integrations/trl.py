@@ -163,28 +163,27 @@ class CAPOTrainer(GRPOTrainer):  # type: ignore[misc]
         mask = inputs["completion_mask"]
         mask = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
         hidden = predicting_positions(torch.cat(passes), mask.size(1))
-        deep = judged = None
-        depth = getattr(self.args, "depth", None)
+        deep = None
         if gate is not None:
             judged = self._pass(inputs, mask, hidden, loss, gate)
-        # With several processes all take part, whether they have tokens or not.
-        some = not engine.world.alone or bool(mask.any())
-        if gate is not None and judged is not None and some and (halves or depth is not None):
-            deep = DeepPass(
-                engine=engine,
-                head=engine.head(),
-                autocast=self.accelerator.autocast,
-                loss=loss,
-                gate=gate,
-                inputs={**inputs, "advantages": judged.effective_advantage},
-                mask=judged.mask,
-                hidden=hidden,
-                accumulation_steps=self.current_gradient_accumulation_steps,
-                max_grad_norm=self.args.max_grad_norm or 0.0,
-            )
-        if gate is not None and judged is not None and judges:
-            curvature = None if deep is None or depth is None else deep.curvature(depth)
-            self._select(engine, inputs, judged, gate, curvature)
+            depth = getattr(self.args, "depth", None)
+            # With several processes all take part, whether they have tokens or not.
+            if (halves or depth is not None) and (not engine.world.alone or bool(mask.any())):
+                deep = DeepPass(
+                    engine=engine,
+                    head=engine.head(),
+                    autocast=self.accelerator.autocast,
+                    loss=loss,
+                    gate=gate,
+                    inputs={**inputs, "advantages": judged.effective_advantage},
+                    mask=judged.mask,
+                    hidden=hidden,
+                    accumulation_steps=self.current_gradient_accumulation_steps,
+                    max_grad_norm=self.args.max_grad_norm or 0.0,
+                )
+            if judges:
+                curvature = None if deep is None or depth is None else deep.curvature(depth)
+                self._select(engine, inputs, judged, gate, curvature)
         if self._control is not None:
             self._control.collect(
                 inputs,
