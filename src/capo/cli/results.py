@@ -64,7 +64,7 @@ def summary_row(summary: Summary) -> dict[str, Any]:
     return {
         "run": summary.run.name,
         "path": str(summary.run.path),
-        "state": "diverged" if summary.run.diverged else summary.run.status.get("state"),
+        "state": summary.run.state,
         "algorithm": summary.algorithm,
         "learning_rate": summary.learning_rate,
         "completions_per_step": summary.completions_per_step,

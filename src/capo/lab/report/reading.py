@@ -49,9 +49,14 @@ class Run:
     diverged: bool = False
 
     @property
+    def state(self) -> str | None:
+        """As its status says, or that it diverged; None where it says nothing."""
+        return "diverged" if self.diverged else self.status.get("state")
+
+    @property
     def over(self) -> bool:
         """Whether nothing will change its accuracy any more."""
-        return self.diverged or self.status.get("state") == "finished"
+        return self.state in ("diverged", "finished")
 
     @cached_property
     def curve(self) -> pd.DataFrame:

@@ -80,9 +80,7 @@ def _run_row(summary: Summary, kind: str, index: int, name: str) -> Row:
         within=_within([summary]),
         completions=Cell(f"{summary.completions:,.0f}"),
         wall=Cell(duration(summary.seconds)),
-        state="diverged"
-        if summary.run.diverged
-        else str(summary.run.status.get("state", "unknown")),
+        state=summary.run.state or "unknown",
     )
 
 
