@@ -50,13 +50,12 @@ def write_up(
     result = read_grid(grid, runs)
     if not result.runs and not failed:
         raise InputError("--runs", f"no run of {figure.name} is over in {str(runs)!r}.")
-    check_replaceable(output, grid, len(result.runs))
+    before = check_replaceable(output, grid, len(result.runs))
     drawn = figure.draw(result)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "runs.csv", csv_text(run_rows(result)))
     drawn.figures = save_figures(drawn.figures, output)
     _remove_others(output, drawn)
-    before = _record_before(output)
     same = before.get("command") == command_of(figure, grid)
     wall = float(before["wall_seconds"]) if same else 0.0
     record = record_of(figure, grid, result, drawn, failed, wall + wall_seconds)
@@ -65,28 +64,32 @@ def write_up(
     return output
 
 
-def check_replaceable(output: Path, grid: Grid, runs: int | None = None) -> None:
+def check_replaceable(output: Path, grid: Grid, runs: int) -> dict[str, Any]:
     """Refuse to write over a record that says more, or something else.
 
     Args:
         output: the folder of a figure.
         grid: as it is to be written up.
-        runs: that there are; None: not known yet.
+        runs: that there are, or will be at most.
+
+    Returns:
+        the record that is there; ``{}`` where there is none.
 
     Raises:
         InputError: the record in the folder was made with other settings, or of more runs.
     """
     before = _record_before(output)
     if not before:
-        return
+        return {}
     there, another = f"the record in {str(output)!r} was made", "give another folder."
     if before["overrides"] != grid.overrides:
         settings = " ".join(f"--set {each}" for each in before["overrides"]) or "no --set"
         raise InputError("--output", f"{there} with {settings}; {another}")
-    if runs is not None and runs < before["runs"]:
+    if runs < before["runs"]:
         raise InputError(
             "--output", f"{there} of {before['runs']} runs, here are {runs}; {another}"
         )
+    return before
 
 
 def record_of(
