@@ -310,20 +310,21 @@ def masks_rescue(*optimizers: str) -> Callable[[Numbers], Judged]:
         if not fallen:
             return "does not hold", "nothing collapses without masks, so there is nothing to rescue"
         learnt = {
-            (row["variant"].rpartition("-")[0], row["training.learning_rate"])
+            (row["variant"], row["training.learning_rate"])
             for row in numbers["cells"]
-            if not row["variant"].endswith("-none") and _final(row) > row["base_accuracy"] + LEARNT
+            if _final(row) > row["base_accuracy"] + LEARNT
         }
         saved: list[str] = []
         idle: list[str] = []
         held: list[bool] = []
         for row in fallen:
-            name = f"{row['optimizer']}-{row['condition']}"
-            learns = (name, row["learning_rate"]) in learnt
+            optimizer, condition, rate = (
+                row[k] for k in ("optimizer", "condition", "learning_rate")
+            )
+            learns = (f"{optimizer}-{condition}-masks", rate) in learnt
             held.append(bool(row["rescued"]) and learns)
             if row["rescued"]:
-                where = f"{name.replace('-', ' ', 1)} at {row['learning_rate']:g}"
-                (saved if learns else idle).append(where)
+                (saved if learns else idle).append(f"{optimizer} {condition} at {rate:g}")
         text = f"{len(saved)} of {len(fallen)} collapsing settings rescued"
         if saved:
             text += f": {', '.join(saved)}"
