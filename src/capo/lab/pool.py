@@ -135,10 +135,10 @@ class Workers(Generic[JobT, MadeT]):
             process.join(timeout=10)
             if process.is_alive():
                 process.kill()
-        for manager in managers:
-            if (
-                manager is not None
-            ):  # else it may close its pipe while Python, at exit, writes to it
+        for (
+            manager
+        ) in managers:  # one that is left may close its pipe while Python, at exit, writes to it
+            if manager is not None:
                 manager.join(timeout=10)
         self._processes = [each for each in self._processes if each not in pools]
         self._idle = [each for each in self._idle if each not in pools]
