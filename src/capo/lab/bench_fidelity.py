@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capo.core.errors import InputError
+from capo.lab.options import at_least_one
 from capo.lab.provenance import collect_provenance
 
 if TYPE_CHECKING:
@@ -296,9 +296,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/lab"), help="where policies lie")
     parser.add_argument("--output", type=Path, help="JSON file; measured anew is what is replaced")
     options = parser.parse_args(arguments)
-    for name in ("seeds", "jobs"):
-        if (number := getattr(options, name)) < 1:
-            raise InputError(f"--{name}", f"must be at least 1, got {number}.")
+    at_least_one(options, "seeds", "jobs")
     from capo.lab.bench_fidelity_report import in_words, write
 
     for policy in options.policies:

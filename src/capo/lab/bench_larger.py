@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from capo.core.errors import InputError
+from capo.lab.options import at_least_one
 from capo.lab.pool import Failure, working
 from capo.lab.provenance import collect_provenance
 from capo.lab.rundir import write_text
@@ -104,8 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if options.grid is None:
         raise InputError("GRID", "must be given, or --report ARCHIVE.")
-    if options.jobs < 1:
-        raise InputError("--jobs", f"must be at least 1, got {options.jobs}.")
+    at_least_one(options, "jobs")
     grid = load_grid(options.grid)
     if options.tiny is not None:
         grid = smaller(grid, options.tiny)

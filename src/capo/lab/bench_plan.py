@@ -27,6 +27,7 @@ import torch
 from capo.core.errors import InputError
 from capo.lab.allocation import Allocated, allocations
 from capo.lab.bench_step import UNDISTURBED
+from capo.lab.options import at_least_one
 from capo.planning.architecture import architecture_of
 from capo.planning.costs import costs_of
 from capo.planning.job import Job, Sharding
@@ -376,9 +377,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed batches in a round")
     parser.add_argument("--rounds", type=int, default=2, help="rounds of each trainer")
     options = parser.parse_args(arguments)
-    for name in ("steps", "rounds"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name}", f"must be at least 1, got {getattr(options, name)}.")
+    at_least_one(options, "steps", "rounds")
     known = {case.name: case for case in CASES}
     for name in options.case or ():
         if name not in known:

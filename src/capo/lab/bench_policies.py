@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capo.core.errors import InputError
+from capo.lab.options import at_least_one
 from capo.lab.provenance import collect_provenance
 from capo.lab.rundir import write_text
 from capo.lab.suite_run import Figure, Outcome
@@ -51,8 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.k < 8:
         raise InputError("--k", f"must be at least 8, got {options.k}.")
-    if options.problems < 1:
-        raise InputError("--problems", f"must be at least 1, got {options.problems}.")
+    at_least_one(options, "problems")
     names = options.names or recipe_names()
     for name in names:
         row = measured(name, options.runs, options.problems, options.k, options.seed)

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from capo.core.errors import InputError
+from capo.lab.options import at_least_one
 from capo.lab.provenance import collect_provenance, cores
 from capo.lab.study.estimate import estimate
 from capo.lab.study.jobs import Job
@@ -56,8 +56,7 @@ class Said:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command."""
     options = _parser().parse_args(arguments)
-    if options.jobs < 1:
-        raise InputError("--jobs", f"must be at least 1, got {options.jobs}.")
+    at_least_one(options, "jobs")
     plan = load_plan(options.plan, options.preset)
     for preset in (plan.preset, plan.plain):
         Job(plan.raced("check", preset, {}), 0).config()  # a preset that cannot be read, at once

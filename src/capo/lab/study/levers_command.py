@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from capo.core.errors import InputError
+from capo.lab.options import at_least_one
 from capo.lab.provenance import collect_provenance, cores
 from capo.lab.rundir import write_text
 from capo.lab.study.command import INTERRUPTED, Said
@@ -38,8 +38,7 @@ from capo.lab.study.tables import (
 def main(arguments: list[str] | None = None) -> None:
     """Run the command."""
     options = _parser().parse_args(arguments)
-    if options.jobs < 1:
-        raise InputError("--jobs", f"must be at least 1, got {options.jobs}.")
+    at_least_one(options, "jobs")
     plan = load_levers(options.plan)
     store = Store(options.runs / "levers")
     console = Console(stderr=True)

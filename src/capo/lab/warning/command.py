@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from capo.core.errors import InputError
+from capo.lab.options import at_least_one
 from capo.lab.provenance import collect_provenance
 from capo.lab.rundir import write_text
 from capo.lab.warning.plan import RunPlan, freezing_runs, judged_runs
@@ -37,9 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--report-only", action="store_true", help="make no run")
     parser.add_argument("--output", type=Path, default=Path("results/warning"), help="directory")
     options = parser.parse_args(arguments)
-    for name in ("seeds", "jobs"):
-        if (number := getattr(options, name)) < 1:
-            raise InputError(f"--{name}", f"must be at least 1, got {number}.")
+    at_least_one(options, "seeds", "jobs")
     plans = freezing_runs() if options.freeze else judged_runs(options.seeds)
     path = options.output / (FREEZING if options.freeze else JUDGED)
     if options.report_only and not read(path)["runs"]:
