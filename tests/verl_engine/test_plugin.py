@@ -200,3 +200,19 @@ def test_a_checkpoint_without_moments_is_refused(folder: Path) -> None:
     )
     line = refusal(script, folder, SELECTION)
     assert "stock-checkpoint holds no simulated moments (capo_state.safetensors)" in line
+
+
+@pytest.mark.parametrize("kl_loss", [False, True])
+def test_a_kl_loss_moves_every_completion(kl_loss: bool) -> None:
+    """Whatever its advantage: the automatic budget counts it."""
+    from types import SimpleNamespace
+
+    import capo
+    from capo.integrations._trl_trust import StepControl
+    from capo.integrations._verl_actor import Actor
+
+    region = capo.TrustRegion(sequences=4)
+    control = StepControl(region, iterations=1, seed=0, shift_callbacks=[])
+    config = SimpleNamespace(ppo_epochs=2, use_kl_loss=kl_loss, rollout_n=2)
+    Actor._prepare_control(SimpleNamespace(region=region), control, config, 8)  # type: ignore[arg-type]
+    assert (control.iterations, control.every_completion) == (2, kl_loss)
