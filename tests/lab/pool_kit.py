@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 
@@ -30,3 +31,9 @@ def attempts(job: int, folder: Path) -> int:
     """How often `make` has begun a job."""
     log = folder / str(job)
     return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def wait(job: int, folder: Path) -> None:
+    """Be at work until ended; the folder has a file with the name of each process that is."""
+    (folder / str(os.getpid())).touch()
+    time.sleep(600)

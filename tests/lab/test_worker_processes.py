@@ -7,7 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
-from pool_kit import attempts, die_once, make
+from pool_kit import attempts, die_once, make, wait
 
 from capo.lab.pool import Failure, Workers, working
 
@@ -75,7 +75,7 @@ def test_a_process_that_dies_idle_is_replaced(tmp_path: Path):
 
 
 def test_stop_ends_what_is_at_work(tmp_path: Path):
-    with working(2, _wait, tmp_path) as workers:
+    with working(2, wait, tmp_path) as workers:
         for job in range(5):
             workers.submit(job)
         while len(list(tmp_path.iterdir())) < 2:
@@ -85,10 +85,3 @@ def test_stop_ends_what_is_at_work(tmp_path: Path):
         with pytest.raises(ProcessLookupError):
             os.kill(int(each.name), 0)
     assert len(list(tmp_path.iterdir())) == 2
-
-
-def _wait(job: int, folder: Path) -> None:
-    import time
-
-    (folder / str(os.getpid())).touch()
-    time.sleep(600)
