@@ -16,7 +16,14 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from capo.tasks.math_numbers import BETWEEN_DIGITS, equal_numbers, is_split, plain_number, unwrapped
+from capo.tasks.math_numbers import (
+    compact,
+    equal_numbers,
+    for_algebra,
+    plain_number,
+    ungrouped,
+    unwrapped,
+)
 
 _TAIL = 4_000  # characters of a completion that are looked at: the final answer is at its end
 _LONGEST_ANSWER = 256  # characters
@@ -30,57 +37,89 @@ _SMALL_FACTORIAL = re.compile(r"(?<![0-9])[0-9]{1,3}!(?!!)")
 _FACTORIAL = re.compile(r"[0-9)}\]!]\s*!")  # "Great! It is 7." has none
 _EXPONENT = re.compile(r"[eE]([+-]?[0-9]+)")
 _SUBSCRIPT = re.compile(r"[A-Za-z}]\s*_")
-_PHRASE = re.compile(r"(?i:\banswer\s*(?:is|:|=)\s*:?)([^\n]{1,300})")
-_FINAL_MARK = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]+)")
-_GROUPS = re.compile(r"(?<![0-9,(\[{])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
-_SENTENCE_END = re.compile(r"[.;!]\s")
-_SPACING = re.compile(r"\\[,;:! ]|\\left|\\right|\\displaystyle|[\s$]")
+_PHRASE = re.compile(r"(?i:\banswer\s*(?:is|:|=))(?:[\s:*$]|\\[(\[])*(?=([^\s:*$][^\n]{0,299}))")
+_MATH_MODE = re.compile(r"\\[()\[\]]")
+_CHOICE = re.compile(r"\A\(?[A-E][.)]\s+")  # "(C) 42"
+_SENTENCE_END = re.compile(r"\.(?=[\s*$]|$)|,?\s(?:since|because|not)\b")
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2}")
+_FINAL_MARK = re.compile(r"(?<!#)####(?!#)\s*([^\s#][^\n]*)")
 
 
 def grade_math(completion: str, answer: str) -> float:
     """Return 1.0 if the last answer stated in ``completion`` equals ``answer``, else 0.0.
 
-    The stated answer is the content of the last ``\\boxed{...}``, else what follows the last
-    ``####`` or the last "answer is", whichever comes later, else the last expression that math-verify
-    finds near the end.
+    The stated answer is the content of the last ``\\boxed{...}``, else what follows the last of
+    ``####`` and "answer is" (a heading may stand before that), else the last expression that
+    math-verify finds near the end.
 
     Args:
         completion: any text whatever.
         answer: the reference, LaTeX or plain.
     """
     tail = completion[-_TAIL:].replace("\x00", " ")
+    phrase = _phrase(tail)
+    if phrase is not None:
+        return float(_says(phrase, answer))
     stated = stated_answer(tail)
     if stated is not None:
         return float(_same(stated, answer))
-    phrase = _phrase(tail)
-    if phrase is not None:
-        return float(_same(phrase, answer) or _equal(phrase, answer))
     return float(_equal(tail[-_LAST_WORDS:], answer))
 
 
 def final_answer(completion: str) -> str | None:
     """The answer stated in ``completion``, written so that equal numbers are equal texts; or None."""
     tail = completion[-_TAIL:].replace("\x00", " ")
-    stated = stated_answer(tail)
-    if stated is None:
-        stated = _phrase(tail)
+    phrase = _phrase(tail)
+    stated = stated_answer(tail) if phrase is None else _sentence(phrase)
     if stated is None:
         return None
     number = plain_number(stated)
     return _normalized(unwrapped(stated)) if number is None else str(number)
 
 
+def _phrase(tail: str) -> str | None:
+    """What follows "answer is" near the end, unless a box or a later ``####`` states the answer."""
+    phrases = list(_PHRASE.finditer(tail, max(0, len(tail) - _LAST_WORDS - _LONGEST_ANSWER)))
+    if not phrases or _boxed(tail) is not None:
+        return None
+    last = phrases[-1]
+    return None if _FINAL_MARK.search(tail, last.start()) else _MATH_MODE.sub("$", last[1])
+
+
+def _sentence(phrase: str) -> str:
+    """The part of ``phrase`` before a further sentence: a check, a reason."""
+    return _SENTENCE_END.split(phrase, maxsplit=1)[0].strip(' $.*`"')
+
+
+def _says(phrase: str, answer: str) -> bool:
+    """Whether what follows "answer is" gives the reference."""
+    if _alike(phrase.strip(" $.*"), answer) or _alike(_sentence(phrase), answer):
+        return True
+    sentence = _sentence(_CHOICE.sub("", phrase))
+    if _same(sentence, answer) or _same(sentence.rstrip("!"), answer):
+        return True
+    # "7 apples", but not one of "5, 7" or "5 million"
+    wordy = plain_number(sentence) is None and for_algebra(sentence) == ungrouped(sentence)
+    return wordy and bool(_WORD.search(sentence)) and _equal(sentence, answer)
+
+
+def _alike(stated: str, answer: str) -> bool:
+    """Whether two answers are the same text."""
+    pairs = ((stated, answer), (unwrapped(stated), unwrapped(answer)))
+    return any(_normalized(one) == _normalized(other) != "" for one, other in pairs)
+
+
 def _same(stated: str, answer: str) -> bool:
     """Whether an answer that stands by itself is the reference: by text, as a number, by algebra."""
-    for one, other in ((stated, answer), (unwrapped(stated), unwrapped(answer))):
-        if _normalized(one) == _normalized(other) != "":
-            return True
+    if _alike(stated, answer):
+        return True
     number, expected = plain_number(stated), plain_number(answer)
     if number is not None and expected is not None:
         return equal_numbers(number, expected)
-    if expected is not None and is_split(stated):  # which a parser of LaTeX reads as one
+    if len(stated) > _LONGEST_PARSED:
         return False
-    return _equal(f"\\boxed{{{stated}}}", answer)
+    readable = for_algebra(stated)
+    return readable is not None and _equal(f"\\boxed{{{readable}}}", answer)
 
 
 def prepare_grading() -> None:
@@ -99,28 +138,22 @@ def grade_job(payload: dict[str, Any]) -> float:
 
 
 def stated_answer(text: str) -> str | None:
-    """The content of the last complete ``\\boxed{...}``, else what follows the last ``####``.
+    """The content of the last complete ``\\boxed{...}``, else what follows the last ``####``."""
+    content = _boxed(text)
+    if content is not None:
+        return content
+    marks = _FINAL_MARK.findall(text)
+    return ungrouped(str(marks[-1]).rstrip(" ,")) if marks else None
 
-    Exactly four marks, and no later "answer is": else they were a heading's.
-    """
+
+def _boxed(text: str) -> str | None:
     start = text.rfind("\\boxed{")
     while start >= 0:
         content = _braced(text, start + len("\\boxed"))
         if content is not None:
             return content
         start = text.rfind("\\boxed{", 0, start)
-    marks = list(_FINAL_MARK.finditer(text))
-    if not marks or _PHRASE.search(text, marks[-1].end()):
-        return None
-    return _GROUPS.sub(lambda number: number[0].replace(",", ""), marks[-1][1])
-
-
-def _phrase(tail: str) -> str | None:
-    """What follows the last "answer is", to the end of the sentence or line."""
-    phrases = _PHRASE.findall(tail[-_LAST_WORDS - _LONGEST_ANSWER :])
-    if not phrases:
-        return None
-    return str(_SENTENCE_END.split(phrases[-1], maxsplit=1)[0]).strip(" $.*")
+    return None
 
 
 def _braced(text: str, opening: int) -> str | None:
@@ -134,7 +167,7 @@ def _braced(text: str, opening: int) -> str | None:
 
 
 def _normalized(text: str) -> str:
-    bare = _SPACING.sub("", BETWEEN_DIGITS.sub("␣", text)).rstrip(".")
+    bare = compact(text).rstrip(".")
     return bare.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
 
 
@@ -184,7 +217,7 @@ def _equal(stated: str, answer: str) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            gold, prediction = _parsed_reference("\\boxed{" + answer + "}"), _parsed(stated)
+            gold, prediction = _parsed_reference(answer), _parsed(stated)
             found = bool(gold and prediction and verify(gold, prediction, timeout_seconds=None))
             return found and (expected is None or _as_small(prediction, expected))
     except Exception:
@@ -218,7 +251,10 @@ def _parsed(text: str) -> list[Any]:
 @lru_cache(maxsize=4096)
 def _parsed_reference(answer: str) -> list[Any]:
     # Cached: one reference is compared with a whole group of completions.
-    expressions = _parsed(answer)
+    readable = for_algebra(answer)
+    if readable is None:
+        return []
+    expressions = _parsed("\\boxed{" + readable + "}")
     if _SUBSCRIPT.search(answer) and any(getattr(one, "is_number", False) for one in expressions):
         return []  # a number was read out of a formula that could not be: good for no comparison
     return expressions
