@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
 from capo import InputError
 from capo.tasks import Task, grade_many, load_task
-from capo.tasks.reasoning import ReasoningGym
+from capo.tasks.reasoning import _HASH_ORDERED, ReasoningGym
 
 
 def test_splits_are_disjoint_and_deterministic() -> None:
@@ -91,3 +95,51 @@ def test_a_split_that_runs_out_says_how_much_there_is() -> None:
     task = load_task("reasoning_gym", dataset="leg_counting", **few)
     with pytest.raises(InputError, match=r"must be at most [0-9]+, the held-out questions found"):
         task.eval_problems(100, 0)
+
+
+@pytest.mark.parametrize("dataset", sorted(_HASH_ORDERED))
+def test_what_differs_between_processes_needs_a_hash_seed(
+    monkeypatch: pytest.MonkeyPatch, dataset: str
+) -> None:
+    for value in (None, "random"):
+        with monkeypatch.context() as patched:
+            patched.delenv("PYTHONHASHSEED", raising=False)
+            if value:
+                patched.setenv("PYTHONHASHSEED", value)
+            with pytest.raises(InputError, match="PYTHONHASHSEED=0") as error:
+                load_task("reasoning_gym", dataset=dataset)
+            assert error.value.field == "dataset"
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    load_task("reasoning_gym", dataset=dataset)
+
+
+DRAWS = """
+import json, sys, warnings
+from reasoning_gym.factory import DATASETS, create_dataset
+warnings.simplefilter("ignore")
+names = sorted(set(DATASETS) - {"composite", "word_ladder"} - set(sys.argv[1:]))  # refused anyway
+made = {name: create_dataset(name, seed=3, size=4) for name in names}
+print("made", json.dumps({name: str([each[i] for i in range(4)]) for name, each in made.items()}))
+"""
+
+
+@pytest.mark.slow
+def test_no_other_dataset_differs_between_processes() -> None:
+    command = [sys.executable, "-c", DRAWS, *_HASH_ORDERED]
+    one, other = (
+        json.loads(
+            subprocess.run(
+                command,
+                env=os.environ | {"PYTHONHASHSEED": seed},
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=600,
+            )
+            .stdout.partition("made ")[2]
+            .partition("\n")[0]
+        )
+        for seed in ("0", "7")
+    )
+    assert len(one) > 90
+    assert [name for name in one if one[name] != other[name]] == []

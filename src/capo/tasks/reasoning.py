@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,6 +32,11 @@ _HELD_OUT_ONE_IN = 5
 _TRIES = 20  # questions generated for one wanted, before the dataset counts as exhausted
 _SIZE = 1 << 20  # virtual: questions are made when they are asked for
 _OURS = ("seed", "size")
+# They draw from sets of text, whose order Python shuffles in every process (reasoning-gym 0.1.25).
+_HASH_ORDERED = frozenset(
+    {"codeio", "intermediate_integration", "isomorphic_strings", "knight_swap", "list_functions"}
+    | {"polynomial_multiplication", "ransom_note"}
+)
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
@@ -52,8 +58,9 @@ class ReasoningGym:
             in the dataset's own solution; None: none is.
 
     Raises:
-        InputError: an unknown dataset or parameter, a value that the dataset refuses, or a template
-            without ``{problem}``.
+        InputError: an unknown dataset or parameter, a value that the dataset refuses, a template
+            without ``{problem}``, or a dataset whose questions differ from process to process
+            while ``PYTHONHASHSEED`` is not a number.
     """
 
     dataset: str
@@ -76,6 +83,12 @@ class ReasoningGym:
                 "largest_number", f"must be an integer of at least 1, got {largest!r}."
             )
         known = _parameters(self.dataset)
+        if self.dataset in _HASH_ORDERED and not os.environ.get("PYTHONHASHSEED", "").isdecimal():
+            raise InputError(
+                "dataset",
+                f"{self.dataset!r} makes other questions in every process, graders among them; "
+                "start Python with the environment variable PYTHONHASHSEED=0, or choose another.",
+            )
         for name in self.parameters:
             if name in _OURS:
                 raise InputError(name, "follows from the run's seed; leave it out.")
