@@ -113,21 +113,25 @@ class Gathered:
 
     def _add(self, offenders: Offenders, number: int, arrays: dict[str, Any], shift: Any) -> None:
         ids = arrays["token_ids"]
-        reason = arrays.get("reason", np.zeros(ids.size))
-        rejected = reason > Reason.KEPT
-        for token in np.unique(ids):
-            at = np.flatnonzero(ids == token)
-            _count(offenders.by_token[visible(self.word(token))], number, shift[at], rejected[at])
-        starts = arrays["offsets"]
+        rejected = arrays.get("reason", np.zeros(ids.size)) > Reason.KEPT
+        tokens, of = np.unique(ids, return_inverse=True)
+        most = np.full(tokens.size, -np.inf)
+        np.maximum.at(most, of, shift)
+        columns = (np.bincount(of, shift), np.bincount(of), most, np.bincount(of, rejected))
+        for token, *row in zip(tokens.tolist(), *(each.tolist() for each in columns), strict=True):
+            _count(offenders.by_token[visible(self.word(token))], number, *row)
         largest = np.argsort(-shift)[:CANDIDATES]
-        for position in largest[shift[largest] > 0]:
-            start = starts[np.searchsorted(starts, position, side="right") - 1]
-            first = max(int(start), int(position) - CONTEXT)
-            before = "".join(self.word(t) for t in ids[first:position])
+        largest = largest[shift[largest] > 0]
+        words = [self.word(token) for token in ids.tolist()]
+        starts = arrays["offsets"]
+        own = starts[np.searchsorted(starts, largest, side="right") - 1]
+        columns = (largest, own, shift[largest], rejected[largest])
+        for position, start, one, out in zip(*(each.tolist() for each in columns), strict=True):
+            first = max(start, position - CONTEXT)
+            before = "".join(words[first:position])
             cut = "…" if first > start else "^"
-            key = f"{cut}{visible(before)}▸{visible(self.word(ids[position]))}"
-            one = slice(position, position + 1)
-            _count(offenders.by_context[key], number, shift[one], rejected[one])
+            key = f"{cut}{visible(before)}▸{visible(words[position])}"
+            _count(offenders.by_context[key], number, one, 1, one, out)
 
     def curves(self) -> list[dict[str, Any]]:
         """What there is to draw over the steps: ``{key, label, log, points}``."""
@@ -150,13 +154,14 @@ class Gathered:
         return [curve for curve in found if len(curve["points"]) > 1]
 
 
-def _count(held: list[float], step: int, shift: Any, rejected: Any) -> None:
-    largest = float(shift.max())
+def _count(
+    held: list[float], step: int, shift: float, count: float, largest: float, rejected: float
+) -> None:
     if largest >= held[2]:
-        held[2], held[4] = largest, float(step)
-    held[0] += float(shift.sum())
-    held[1] += float(shift.size)
-    held[3] += float(rejected.sum())
+        held[2], held[4] = largest, step
+    held[0] += shift
+    held[1] += count
+    held[3] += rejected
 
 
 def _sketch(values: Any) -> Any:
