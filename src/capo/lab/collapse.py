@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 from typing import Literal
 
@@ -129,6 +130,7 @@ class Falls:
     least_pairs: int = 5
     _values: list[float] = field(default_factory=list, init=False)
     _positions: list[int] = field(default_factory=list, init=False)
+    _apart: list[float] = field(default_factory=list, init=False)  # neighbours, in standard errors
     _best: dict[int, tuple[float, int]] = field(default_factory=dict, init=False)
     _recovery: tuple[int, float] | None = field(default=None, init=False)
 
@@ -139,6 +141,8 @@ class Falls:
         """
         if not math.isfinite(value):
             return None
+        if self._values:
+            self._compare(self._values[-1], value)
         self._values.append(value)
         self._positions.append(position)
         if self._recovery is not None:
@@ -147,6 +151,9 @@ class Falls:
                 return None
             self._recovery = None
             del self._values[:-window], self._positions[:-window]
+            self._apart.clear()
+            for one, other in pairwise(self._values):
+                self._compare(one, other)
             self._best.clear()
         fallen = max(self._candidates(), key=lambda one: one.errors, default=None)
         if fallen is not None:
@@ -193,17 +200,18 @@ class Falls:
         apart = variance(one) / window + variance(other) / length
         return math.sqrt(max(apart, variance(level) * (1 / window + 1 / length)))
 
+    def _compare(self, one: float, other: float) -> None:
+        """Take note of how far two neighbours are apart; equal ones are at 0 or 1, or too few."""
+        if one != other:
+            self._apart.append(abs(other - one) / self._error(one, 1, other, 1))
+
     def _spread(self) -> float:
         """How many binomial standard errors neighbours typically differ by; at least 1."""
-        neighbours = zip(self._values, self._values[1:], strict=False)
-        pairs = [(a, b) for a, b in neighbours if a != b]  # equal ones are at 0 or 1, or too few
+        pairs = len(self._apart)
         if not pairs:
             return 1.0
-        typical = 1.0
-        if len(pairs) >= self.least_pairs:
-            errors = [abs(b - a) / self._error(a, 1, b, 1) for a, b in pairs]
-            typical = SIGMA_OF_MAD * median(errors)
-        typical *= 1 + self.caution / math.sqrt(len(pairs))
+        typical = SIGMA_OF_MAD * median(self._apart) if pairs >= self.least_pairs else 1.0
+        typical *= 1 + self.caution / math.sqrt(pairs)
         # More than the most is no noise: the policy itself goes up and down.
         return min(max(1.0, typical), math.sqrt(self.alike))
 
