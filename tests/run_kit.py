@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
+from capo.cli.main import main
 from capo.lab.config import Config
 from capo.lab.progress import Progress
 from capo.lab.sources import load_config
@@ -45,6 +49,18 @@ class SignalAt(Progress):
 
 def capo_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "capo.cli.main", *arguments]
+
+
+def here(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`capo` in this process, which has everything imported already."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with mock.patch.object(sys, "argv", ["capo", *arguments]):
+        try:
+            with redirect_stdout(out), redirect_stderr(err):
+                main()
+        except SystemExit as exited:
+            code = int(exited.code or 0)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 
 import pytest
 
 from planning.test_architecture import LARGE
+from run_kit import capo_command, here
 
 
 @pytest.fixture
@@ -19,16 +19,12 @@ def config(tmp_path):
 
 
 def capo(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "capo.cli.main", "plan", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return here("plan", *map(str, arguments))
 
 
 def test_every_term_is_printed_and_adds_up(config):
-    done = capo("--model", config, "--gpus", 8)
+    command = capo_command("plan", "--model", str(config), "--gpus", "8")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for word in ("selection", "trust region", "simulated moments", "2·4·V·d", "V = 152,064"):
         assert word in done.stdout

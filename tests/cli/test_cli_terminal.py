@@ -13,7 +13,7 @@ from capo.lab.report.alarms import read_alarms
 from capo.lab.report.reading import read_run
 from capo.lab.run import Interrupted, train
 from capo.lab.rundir import RunDirectory
-from run_kit import TINY, SignalAt, capo_command, tiny, weights
+from run_kit import TINY, SignalAt, capo_command, here, tiny, weights
 from terminal_kit import Screen, on_terminal
 
 JUDGED = [
@@ -26,7 +26,7 @@ GRID = """
 preset = "small-aggressive"
 seeds = [0, 1]
 [set]
-"training.steps" = 30
+"training.steps" = 16
 "training.completions_per_step" = 16
 "capo.watch" = true
 "eval.problems" = 16
@@ -89,27 +89,26 @@ def test_a_narrow_terminal_is_not_overrun(tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_in_a_pipe_is_plain(tmp_path) -> None:
-    def run(*more: str) -> subprocess.CompletedProcess[str]:
-        command = capo_command("train", "small-capo", *JUDGED, "-o", "run", "--overwrite", *more)
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-
-    plain = run()
+def test_a_run_in_a_pipe_is_plain(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ("train", "small-capo", *JUDGED, "-o", "run", "--overwrite")
+    plain = subprocess.run(capo_command(*command), capture_output=True, text=True, check=True)
     assert "\x1b" not in plain.stderr + plain.stdout
     assert re.search(
         r"^step 4/4, \d+ completions, reward .*, shift .*, rejected .*, scale ", plain.stderr, re.M
     )
     assert plain.stdout.startswith("accuracy ")
-    quiet = run("--quiet")
+    quiet = here(*command, "--quiet")
     assert quiet.stderr == ""
     assert quiet.stdout.count("\n") == 1
-    as_json = run("--json")
+    as_json = here(*command, "--json")
+    assert quiet.returncode == as_json.returncode == 0
     assert as_json.stderr == ""
     assert json.loads(as_json.stdout)["run"] == "run"
 
 
 @pytest.mark.slow
-def test_a_sweep_on_a_terminal(tmp_path) -> None:
+def test_a_sweep_on_a_terminal(tmp_path, monkeypatch) -> None:
     (tmp_path / "grid.toml").write_text(GRID)
     shown = on_terminal("lab", "sweep", "grid.toml", "--jobs", "2", "--runs", "runs", cwd=tmp_path)
     assert shown.code == 0
@@ -120,7 +119,7 @@ def test_a_sweep_on_a_terminal(tmp_path) -> None:
         live[-1],
         re.M,
     )
-    steps = [int(n) for f in live for n in re.findall(r"as-is seed 0 +(\d+)/30", f)]
+    steps = [int(n) for f in live for n in re.findall(r"as-is seed 0 +(\d+)/16", f)]
     assert steps == sorted(steps)
     assert len(set(steps)) > 1
     text = shown.screen.text
@@ -129,9 +128,9 @@ def test_a_sweep_on_a_terminal(tmp_path) -> None:
     assert "2 made, 0 found, 0 failed" in text
     assert shown.screen.cursor_shown
 
-    command = capo_command("lab", "sweep", "grid.toml", "--runs", "runs", "--json")
-    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert printed.stderr == ""
+    monkeypatch.chdir(tmp_path)
+    printed = here("lab", "sweep", "grid.toml", "--runs", "runs", "--json")
+    assert (printed.returncode, printed.stderr) == (0, "")
     document = json.loads(printed.stdout)
     assert (document["made"], document["found"], document["failed"]) == (0, 2, {})
     assert [row["seeds"] for row in document["table"]] == [2]

@@ -25,6 +25,8 @@ from . import cases
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 HERE = Path(__file__).parent
+OF_PARAMETERS = ["checkpointed", "tied", "lora frozen head", "some", "head", "vllm correction"]
+"""What ZeRO-2, which has every parameter whole, can do no worse than ZeRO-3 and DDP do."""
 ENGINES = ["ddp", "fsdp2", "zero2", "zero3"]
 
 
@@ -68,7 +70,8 @@ def results(output: Path, name: str, processes: int) -> list[dict[str, Any]]:
 
 def supported(engine: str) -> list[cases.Case]:
     every = [*cases.EQUAL, *(cases.REPLICATED if engine == "ddp" else [])]
-    return [case for case in every if engine != "fsdp2" or case.lora != "adapted"]
+    left_out = {"fsdp2": ["lora adapted head"], "zero2": OF_PARAMETERS}.get(engine, [])
+    return [case for case in every if case.name not in left_out]
 
 
 def others(engine: str) -> list[cases.Case]:
@@ -267,7 +270,7 @@ def test_resumed_weights_are_the_same(engine: str, together: Callable[[str], Pat
     assert all(0 < scale < 1 for scale in rows(whole, key))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])  # their checkpoints are of both processes
 def test_a_killed_process_ends_the_job_and_its_checkpoint_loads(
     engine: str, tmp_path: Path, together: Callable[[str], Path]
 ) -> None:

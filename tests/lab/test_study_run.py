@@ -16,7 +16,7 @@ from study_kit import ORIGIN
 from capo.lab.study.execute import execute
 from capo.lab.study.jobs import Arm
 from capo.lab.study.outcome import Store
-from run_kit import capo_command
+from run_kit import capo_command, here
 
 pytestmark = pytest.mark.slow
 
@@ -115,15 +115,15 @@ def test_completions_used_twice_are_evaluated_after_the_last_pass(preset):
 def command(tmp_path, preset, *arguments):
     plan = tmp_path / "plan.toml"
     plan.write_text(PLAN.format(preset=preset))
-    return capo_command(
+    return [
         *["bench", "trust-region", "--plan", str(plan), "--jobs", "1"],
         *["--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "report"), *arguments],
-    )
+    ]
 
 
 def run(tmp_path, preset, *arguments):
     return subprocess.run(
-        command(tmp_path, preset, *arguments),
+        capo_command(*command(tmp_path, preset, *arguments)),
         capture_output=True,
         text=True,
         check=False,
@@ -132,7 +132,7 @@ def run(tmp_path, preset, *arguments):
 
 
 def test_the_command_makes_runs_and_writes_the_report(tmp_path, preset):
-    planned = run(tmp_path, preset, "--dry-run", "--only", "final/*")
+    planned = here(*command(tmp_path, preset, "--dry-run", "--only", "final/*"))
     assert planned.returncode == 0, planned.stderr
     assert planned.stdout.splitlines()[-2].split()[:2] == ["all", "2"]
     assert not (tmp_path / "runs").exists()
@@ -145,12 +145,12 @@ def test_the_command_makes_runs_and_writes_the_report(tmp_path, preset):
     times = [path.stat().st_mtime_ns for path in files]
     assert "Any learning rate: not measured yet." in made.stdout
 
-    again = run(tmp_path, preset, "--only", "final/capo-*")
+    again = here(*command(tmp_path, preset, "--only", "final/capo-*"))
     assert "final/capo-default" not in again.stderr
     assert [path.stat().st_mtime_ns for path in files] == times
 
     text = (tmp_path / "report" / "README.md").read_text()
-    looked = run(tmp_path, preset, "--report-only")
+    looked = here(*command(tmp_path, preset, "--report-only"))
     assert looked.returncode == 0, looked.stderr
     assert (tmp_path / "report" / "README.md").read_text() == text
     rows = (tmp_path / "report" / "runs.csv").read_text().splitlines()
@@ -162,7 +162,7 @@ def test_the_command_makes_runs_and_writes_the_report(tmp_path, preset):
 
 def test_an_interrupted_command_keeps_what_is_finished(tmp_path, preset):
     process = subprocess.Popen(
-        command(tmp_path, preset, "--only", "final/capo-*"),
+        capo_command(*command(tmp_path, preset, "--only", "final/capo-*")),
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -192,7 +192,7 @@ def test_an_interrupted_command_keeps_what_is_finished(tmp_path, preset):
 
 def test_the_workers_of_a_killed_command_end_with_it(tmp_path, preset):
     process = subprocess.Popen(
-        command(tmp_path, preset, "--only", "final/capo-*"),
+        capo_command(*command(tmp_path, preset, "--only", "final/capo-*")),
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import pytest
 from capo import InputError
 from capo.lab.suite_run import Figure, majority, pass_at_k
 from capo.lab.suites import load_suite, suite_names
-from run_kit import capo_command
+from run_kit import here
 
 SUITE = """
 [defaults]
@@ -135,8 +134,8 @@ def test_an_unknown_suite_has_a_hint() -> None:
 @pytest.mark.slow
 def test_the_command_writes_a_report(suite: Path, tmp_path: Path) -> None:
     output = tmp_path / "report"
-    command = capo_command("eval", "embedded:sums", "--suite", str(suite), "-o", str(output))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    command = ("eval", "embedded:sums", "--suite", str(suite), "-o", str(output))
+    done = here(*command)
     assert done.returncode == 0, done.stderr
     assert "pass@1" in done.stdout
     document = json.loads((output / "evaluation.json").read_text())
@@ -149,6 +148,6 @@ def test_the_command_writes_a_report(suite: Path, tmp_path: Path) -> None:
     assert "| sums | 12 | 3 |" in (output / "report.md").read_text()
 
     suite.write_text(SUITE.replace("problems.jsonl", "nowhere.jsonl"))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = here(*command)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("capo: tasks.file.dataset: there is no file")

@@ -20,7 +20,7 @@ from capo.lab.sweep.grid import load_grid, parse_grid
 from capo.lab.sweep.point import Point
 from capo.lab.sweep.reading import read_grid
 from capo.lab.sweep.watching import Watcher
-from run_kit import capo_command, start
+from run_kit import capo_command, here, start
 
 pytestmark = pytest.mark.slow
 
@@ -79,16 +79,16 @@ def test_a_sweep_makes_a_directory_a_point_and_one_table(swept):
 def test_what_is_finished_is_found_and_not_rerun(swept):
     grid, runs, _ = swept
     before = {path: path.stat().st_mtime_ns for path in runs.glob("*/*")}
-    said = run(*command(grid, runs))
+    said = here(*command(grid, runs))
     assert "0 made, 8 found, 0 failed" in said.stdout
     assert {path: path.stat().st_mtime_ns for path in runs.glob("*/*")} == before
 
 
 def test_status_and_report(swept, tmp_path):
     grid, runs, _ = swept
-    said = run("lab", "status", str(grid), "--runs", str(runs))
+    said = here("lab", "status", str(grid), "--runs", str(runs))
     assert (said.returncode, said.stdout.strip()) == (0, "8 finished")
-    said = run("lab", "report", str(grid), "--runs", str(runs), "-o", str(tmp_path / "report"))
+    said = here("lab", "report", str(grid), "--runs", str(runs), "-o", str(tmp_path / "report"))
     assert said.returncode == 0, said.stderr
     rows = list(csv.DictReader((tmp_path / "report" / "table.csv").read_text().splitlines()))
     assert len(rows) == 4
@@ -105,7 +105,7 @@ def test_status_and_report(swept, tmp_path):
 
 def test_a_killed_sweep_continues_where_it_was(tmp_path):
     """SIGKILL to the parent; its workers end with it; the finished point is found, the other continues."""
-    text = SMALL.replace('"training.steps" = 4', '"training.steps" = 40')
+    text = SMALL.replace('"training.steps" = 4', '"training.steps" = 16')
     grid, runs = write_grid(tmp_path, text), tmp_path / "runs"
     first, second = load_grid(grid).points()
     process = start(*command(grid, runs, "--jobs", "1"))
@@ -128,7 +128,7 @@ def test_a_killed_sweep_continues_where_it_was(tmp_path):
     assert state_of(first, runs) == ("finished", "")
     state, word = state_of(second, runs)
     assert state == "half-finished"
-    assert word.endswith("of 40")
+    assert word.endswith("of 16")
     finished = {p: p.stat().st_mtime_ns for p in (runs / first.folder()).iterdir()}
 
     said = run(*command(grid, runs, "--jobs", "1"))
@@ -162,7 +162,7 @@ def test_a_failure_is_listed_stops_no_other_and_is_tried_again(tmp_path):
     assert "failed: capo/lr1e-03 seed 0: InputError: policy.path" in said.stdout
     assert "FAILED" in said.stderr
     assert "0/1" in said.stdout  # the table says that a seed is missing
-    stands = run("lab", "status", str(grid), "--runs", str(runs))
+    stands = here("lab", "status", str(grid), "--runs", str(runs))
     assert stands.returncode == 1
     assert stands.stdout.startswith("1 finished, 1 failed\ncapo/lr1e-03 seed 0: failed, InputError")
     again = run(*command(grid, runs))
@@ -172,7 +172,7 @@ def test_a_failure_is_listed_stops_no_other_and_is_tried_again(tmp_path):
 
 def test_a_worker_that_dies_is_replaced_and_its_point_made(tmp_path):
     """As from the kernel, for memory: the pool is lost, the sweep is not."""
-    text = SMALL.replace('"training.steps" = 4', '"training.steps" = 30')
+    text = SMALL.replace('"training.steps" = 4', '"training.steps" = 12')
     grid, runs = write_grid(tmp_path, text), tmp_path / "runs"
     first, second = load_grid(grid).points()
     process = start(*command(grid, runs, "--jobs", "1"))
@@ -280,12 +280,12 @@ def test_a_figure_is_reproduced_from_nothing_and_judged(tmp_path):
     finals = [row["final_accuracy"]["value"] for row in record["numbers"]["cells"]]
     assert len(finals) == 4
     assert (folder / "batch-policy-shift.svg").is_file()
-    again = run("lab", "reproduce", "fig3", "--report-only", *options)
+    again = here("lab", "reproduce", "fig3", "--report-only", *options)
     assert again.returncode == 0, again.stderr
     unchanged = json.loads((folder / "record.json").read_text())
     assert unchanged["wall_seconds"] == record["wall_seconds"]
     assert unchanged["numbers"] == record["numbers"]
-    assert run("lab", "verdicts", "--results", str(tmp_path / "results")).returncode == 0
+    assert here("lab", "verdicts", "--results", str(tmp_path / "results")).returncode == 0
     assert "| m_F and m_H warn of a collapse" in (tmp_path / "results" / "README.md").read_text()
 
 
@@ -330,8 +330,8 @@ def test_a_search_decides_what_is_run_after_it(tmp_path):
     assert result.target("one") == pytest.approx((1 + found.runs[0].base_accuracy) / 2)
     assert result.target("other") is None
     assert not result.complete
-    waiting = run("lab", "status", str(grid), "--runs", str(runs))
+    waiting = here("lab", "status", str(grid), "--runs", str(runs))
     assert waiting.stdout.strip() == "4 finished, 3 missing, 1 waiting for a search"
-    nothing = run(*command(grid, runs, "--only", "two/*"))
+    nothing = here(*command(grid, runs, "--only", "two/*"))
     assert nothing.returncode == 2
     assert "--only: 'two/*' matches none" in nothing.stderr

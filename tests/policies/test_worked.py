@@ -206,7 +206,7 @@ def test_bad_task_parameters_are_named() -> None:
 
 
 def test_completions_without_room_are_refused() -> None:
-    settings = recipe_settings("aiw") | {"vocabulary": None}
+    settings = recipe_settings("aiw") | {"vocabulary": None, "batch_size": 2}
     settings["task"]["params"]["max_completion_tokens"] = 2
     with pytest.raises(InputError, match="is too small for worked answers: 2"):
         Batches.of(PretrainConfig.from_dict(settings)).draw(random.Random(0))

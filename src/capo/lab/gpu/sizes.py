@@ -139,5 +139,5 @@ def sizes_of(scale: str) -> Sizes:
         check_tokens=(1, 17),
         check_vocabulary=130,
         check_width=20,
-        suite=("-k", "any_problem and 7"),
+        suite=("-k", "any_problem and 1 and 7"),
     )
