@@ -1,4 +1,4 @@
-# Two commands do all their own set-up: `make demo` and `make test`.
+# These do all their own set-up: `make demo`, `make test`, `make test-engines` and `make test-verl`.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -9,7 +9,7 @@ export CAPO_DATA_DIR
 
 VERL   := .venv-verl
 
-.PHONY: demo test test-fast test-verl lint docs docs-serve format clean
+.PHONY: demo test test-engines test-fast test-verl lint docs docs-serve format clean
 
 # torch 2.13.0 goes first, from whatever index pip is set up with: one of CPU builds pulls in no CUDA package.
 # DeepSpeed's own kernels are not built; ZeRO needs none.
@@ -24,7 +24,11 @@ demo: $(STAMP)
 	$(BIN)/capo demo --output runs/demo
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not engine"
+
+# Two processes on DDP, FSDP2, ZeRO-2 and ZeRO-3; Triton's kernels, interpreted and compiled.
+test-engines: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m engine
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not slow"

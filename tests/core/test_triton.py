@@ -42,12 +42,14 @@ def run_suite(name: str, tmp_path: Path, **environment: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.engine
 def test_equals_the_plain_backend(tmp_path: Path) -> None:
     interpret = "0" if torch.cuda.is_available() else "1"
     run_suite("triton_suite.py", tmp_path, TRITON_INTERPRET=interpret)
 
 
 @pytest.mark.slow
+@pytest.mark.engine
 def test_compiles_for_absent_gpus(tmp_path: Path) -> None:
     run_suite("triton_compile.py", tmp_path, TRITON_INTERPRET="0")
 

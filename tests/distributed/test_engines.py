@@ -23,7 +23,7 @@ from needed import CI
 
 from . import cases
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.engine, pytest.mark.timeout(1500)]
 HERE = Path(__file__).parent
 OF_PARAMETERS = ["checkpointed", "tied", "lora frozen head", "some", "head", "vllm correction"]
 """What ZeRO-2, which has every parameter whole, can do no worse than ZeRO-3 and DDP do."""

@@ -104,6 +104,7 @@ def test_an_unknown_engine_is_one_sentence():
 
 
 @pytest.mark.slow
+@pytest.mark.engine
 def test_two_processes_train(tmp_path):
     """The whole way: run.sh, accelerate, two processes, a trained policy."""
     from capo.policies.loading import EMBEDDED

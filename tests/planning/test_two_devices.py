@@ -16,6 +16,7 @@ from distributed.test_engines import environment
 
 
 @pytest.mark.slow
+@pytest.mark.engine
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_memory_and_traffic_are_those_of_two_processes(engine, tmp_path):
     worker = Path(__file__).with_name("devices_worker.py")
