@@ -36,7 +36,7 @@ def demo(
     overwrite: Annotated[bool, typer.Option(help="Train anew even what is finished.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a real policy four ways and write the report: ten minutes on two cores at most."""
+    """Train a real policy four ways and write the report: ten to 25 minutes, by the machine."""
     from capo.lab.demo import run_demo
     from capo.lab.run import Interrupted
 
